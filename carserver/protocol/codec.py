@@ -1,0 +1,127 @@
+"""From bytes to values and back: what counts as JSON here, and how a value is typed. Nothing below trusts its input.
+
+`orjson.loads` is the one proof that a message is JSON: it refuses invalid UTF-8, bad escapes, lone surrogates, NaN and
+numbers outside a double, all of which `msgspec.Raw` lets pass unseen. What has passed here may be kept as bytes.
+"""
+
+import re
+from typing import Any, TypeVar
+
+import msgspec
+import orjson
+from msgspec import Raw
+
+from carserver.protocol.errors import ErrorKind, RpcError, invalid_params, limit_exceeded
+
+T = TypeVar("T")
+
+_encoder = msgspec.json.Encoder()
+encode = _encoder.encode
+"""A value as compact JSON bytes."""
+
+_PLACE = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>.*)`)?$", re.DOTALL)
+_BETWEEN_TOKENS = re.compile(rb"[\n\r\t]")  # raw control characters cannot stand inside a JSON string
+
+
+def parse(message: bytes, nesting: int, brackets: int) -> Any:
+    """The value of a message.
+
+    Raises:
+        RpcError: limit_exceeded where it has more than `brackets`, read or not; parse_error where it is not JSON, or
+            they nest deeper than `nesting`.
+    """
+    opening = _opening(message)
+    if opening > brackets:
+        raise limit_exceeded("brackets", opening, brackets, "message")
+    try:
+        value = orjson.loads(message)
+    except orjson.JSONDecodeError as error:
+        raise RpcError(ErrorKind.PARSE_ERROR, f"not JSON: {error}") from None
+    if opening > nesting and _deeper(value, nesting):
+        raise RpcError(ErrorKind.PARSE_ERROR, f"brackets nest deeper than {nesting}")
+    return value
+
+
+def too_deep(source: bytes, value: Any, nesting: int) -> bool:
+    """Whether `value`, read from `source`, has brackets nested deeper than `nesting`; walks it only if it might."""
+    return _opening(source) > nesting and _deeper(value, nesting)
+
+
+def _opening(source: bytes) -> int:
+    """Its opening brackets, and those that stand in strings."""
+    return source.count(b"{") + source.count(b"[")
+
+
+def _deeper(value: Any, nesting: int) -> bool:
+    level = _containers([value])
+    for _ in range(nesting):
+        level = [inner for container in level for inner in _containers(container)]
+        if not level:
+            return False
+    return True
+
+
+def _containers(within: Any) -> list[Any]:
+    """The containers directly inside one; an empty one is a bracket too."""
+    inside = within.values() if type(within) is dict else within
+    return [child for child in inside if type(child) is dict or type(child) is list]
+
+
+def convert(value: Any, type_: type[T], at: str = "") -> T:
+    """A parsed value as `type_`.
+
+    Raises:
+        RpcError: invalid_params, with the path below `at`.
+    """
+    try:
+        return msgspec.convert(value, type_)
+    except msgspec.ValidationError as error:
+        raise _refused(error, at) from None
+
+
+def decode(decoder: msgspec.json.Decoder[T], source: bytes | Raw, at: str = "") -> T:
+    """JSON bytes that have passed `parse`, as the decoder's type; for types that keep bytes.
+
+    Raises:
+        RpcError: invalid_params, with the path below `at`.
+    """
+    try:
+        return decoder.decode(source)
+    except msgspec.ValidationError as error:
+        raise _refused(error, at) from None
+
+
+def _refused(error: msgspec.ValidationError, at: str) -> RpcError:
+    found = _PLACE.match(str(error))
+    what, path = (found["what"], found["path"] or "$") if found else (str(error), "$")
+    below = path.removeprefix("$").removeprefix(".")
+    joined = f"{at}.{below}" if at and below and not below.startswith("[") else at + below
+    return invalid_params(joined, what[:1].lower() + what[1:])
+
+
+def compact(raw: bytes) -> bytes:
+    """`raw` on one line: as it came, unless there are raw line breaks or tabs between its tokens."""
+    return msgspec.json.format(raw, indent=-1) if _BETWEEN_TOKENS.search(raw) else raw
+
+
+def check_text(text: str, limit: str, maximum: int, where: str) -> None:
+    """Refuses a text of more than `maximum` bytes of UTF-8.
+
+    Raises:
+        RpcError: limit_exceeded.
+    """
+    # A character has at most four bytes, so most texts need not be encoded to be measured.
+    if len(text) * 4 > maximum and (size := len(text.encode())) > maximum:
+        raise limit_exceeded(limit, size, maximum, where)
+
+
+def check_name(name: str, maximum: int, where: str) -> None:
+    """Refuses a name, key or foreign id that is long or has unprintable characters.
+
+    Raises:
+        RpcError: limit_exceeded, invalid_params.
+    """
+    if len(name) > maximum:
+        raise limit_exceeded("name_chars", len(name), maximum, where)
+    if not name.isprintable():
+        raise invalid_params(where, "printable characters only, no control characters")

@@ -1,0 +1,96 @@
+"""The frames of JSON-RPC 2.0: the envelope of a request, and how replies and notifications are put together.
+
+A result that is already JSON is spliced in, never decoded and encoded again.
+"""
+
+from typing import Any
+
+import msgspec
+from msgspec import Raw, Struct
+
+from carserver.protocol.codec import encode
+from carserver.protocol.errors import ErrorKind, RpcError
+
+ID_INTEGER_MAXIMUM = 2**53  # the integers that every JSON reader keeps exactly
+_ABSENT = object()
+
+
+class _WithParams(Struct):
+    params: Raw
+
+
+_params_decoder = msgspec.json.Decoder(_WithParams)
+raw_list_decoder = msgspec.json.Decoder(list[Raw])
+
+
+def raw_params(message: bytes | Raw) -> bytes:
+    """The params of a request as their own bytes; it is known to have some."""
+    return bytes(_params_decoder.decode(message).params)
+
+
+class InvalidRequest(RpcError):
+    """JSON that is no request; `id_` is the id to answer to (JSON-RPC 2.0, section 5: null where it cannot be told)."""
+
+    def __init__(self, id_: bytes, message: str) -> None:
+        super().__init__(ErrorKind.INVALID_REQUEST, message)
+        self.id_ = id_
+
+
+Params = dict[str, Any] | list[Any] | None
+"""Parsed; None where there are none."""
+
+
+def read_request(value: dict[str, Any], id_chars: int) -> tuple[bytes | None, str, Params]:
+    """The id of a request as JSON bytes (None: a notification), its method, its params (JSON-RPC 2.0, section 4).
+
+    Raises:
+        InvalidRequest: naming the member.
+    """
+    given = value.get("id", _ABSENT)
+    id_: bytes | None
+    if given is _ABSENT:
+        id_ = None
+    elif type(given) is int and -ID_INTEGER_MAXIMUM <= given <= ID_INTEGER_MAXIMUM:
+        id_ = b"%d" % given
+    elif type(given) is str and len(given) <= id_chars:
+        id_ = encode(given)
+    elif given is None:
+        id_ = b"null"
+    else:
+        raise InvalidRequest(
+            b"null", f"id: a string of at most {id_chars} characters, an integer within ±2^53, or null"
+        )
+    if value.get("jsonrpc") != "2.0":
+        raise InvalidRequest(id_ or b"null", 'jsonrpc: must be "2.0"')
+    method = value.get("method")
+    if type(method) is not str:
+        raise InvalidRequest(id_ or b"null", "method: must be a string")
+    params = value.get("params")
+    if type(params) is not dict and type(params) is not list and (params is not None or "params" in value):
+        raise InvalidRequest(id_ or b"null", "params: must be an object or an array, or be left out")
+    return id_, method, params
+
+
+def is_reply(value: dict[str, Any]) -> bool:
+    """Whether a message answers a request of ours; such a one is never itself answered."""
+    return "method" not in value and ("result" in value or "error" in value)
+
+
+def result_frame(id_: bytes, result: bytes) -> bytes:
+    """A reply, from an id and a result that are JSON already."""
+    return b'{"jsonrpc":"2.0","id":%b,"result":%b}' % (id_, result)
+
+
+def error_frame(id_: bytes, error: RpcError) -> bytes:
+    """An error reply; `id_` is `null` where the request's could not be read."""
+    return b'{"jsonrpc":"2.0","id":%b,"error":%b}' % (id_, encode(error.to_wire()))
+
+
+def notification(method: str, params: Any) -> bytes:
+    """A message of the daemon's own that wants no answer."""
+    return b'{"jsonrpc":"2.0","method":%b,"params":%b}' % (encode(method), encode(params))
+
+
+def batch_frame(replies: list[bytes]) -> bytes:
+    """The reply to a batch."""
+    return b"[%b]" % b",".join(replies)
