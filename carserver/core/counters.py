@@ -1,0 +1,43 @@
+"""What is counted. Plain integers on the loop's thread: a hot path adds one; `/metrics` reads them all."""
+
+from dataclasses import dataclass, field, fields
+
+
+def _count(help_: str) -> int:
+    counted: int = field(default=0, metadata={"help": help_})
+    return counted
+
+
+@dataclass(slots=True)
+class Counters:
+    """Since the start of the daemon. The name is the metric's (`carserver_<name>_total`), the text its help."""
+
+    requests: int = _count("Messages taken from peers as calls")
+    errors: int = _count("Requests answered with an error")
+    internal_errors: int = _count("Requests answered with internal_error: defects")
+    undeclared_errors: int = _count("Errors that a method raised without declaring them: defects")
+    stray_replies: int = _count("Answers from peers to requests that the daemon never sent; ignored")
+    overloads: int = _count("Requests answered with overloaded")
+    events_recorded: int = _count("Events stored")
+    events_delivered: int = _count("Events handed to sockets, all viewers together")
+    subscription_overflows: int = _count("Live subscriptions turned to catching up because a bound was reached")
+    catch_up_pages: int = _count("Pages of logs read for subscriptions that catch up")
+    catch_up_retries: int = _count("Pages of logs that could not be read, and were asked for again")
+    catch_up_rejoins: int = _count("Subscriptions that came level with their run's log and went live")
+    subscriptions_closed: int = _count("Subscriptions closed by the daemon because their log could not be read")
+    reading_pauses: int = _count("Times that reading from a peer paused: its outbox was full, or too much in flight")
+    write_timeouts: int = _count("Connections aborted because the peer did not read")
+    ping_timeouts: int = _count("Connections closed because the peer did not answer a ping")
+    handshakes_refused: int = _count("Opening handshakes answered with an error or not finished in time")
+    unauthenticated_dropped: int = _count("Connections closed because they did not authenticate in time or in number")
+    wrong_tokens: int = _count("Wrong tokens presented")
+    protocol_violations: int = _count("Connections closed for breaking the WebSocket protocol or a limit on messages")
+    runs_interrupted: int = _count("Runs interrupted because nobody attended them")
+    commits: int = _count("Transactions committed")
+    commands: int = _count("Commands that went through the writer")
+    storage_failures: int = _count("Transactions that failed and were rolled back")
+    storage_deadlines: int = _count("Requests answered with deadline_exceeded")
+
+    def help(self) -> dict[str, str]:
+        """The text of each counter, by its name."""
+        return {counter.name: counter.metadata["help"] for counter in fields(self)}

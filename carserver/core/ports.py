@@ -1,0 +1,87 @@
+"""What the core wants of the world: a log of runs that keeps what it is given, and answers."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from carserver.core.attendance import Attendant
+from carserver.core.commands import Applied, Command
+from carserver.core.runs import Entry, Head
+from carserver.protocol.errors import ErrorKind, RpcError
+from carserver.protocol.runs import ListRuns
+
+
+class Committed(NamedTuple):
+    """A command that is durable now; `by` is what it was submitted with."""
+
+    command: Command
+    applied: Applied
+    by: Attendant | None
+
+
+class Scan(NamedTuple):
+    """The entries that were wanted, and the cursor past the last one looked at."""
+
+    entries: list[Entry]
+    cursor: int
+
+
+class Place(NamedTuple):
+    """Where a list of runs, newest first, goes on: after the run with this creation time and number."""
+
+    created_at_ms: int
+    no: int
+
+
+class Damaged(RpcError):
+    """An entry of a log is missing or not what was stored: reading it again will not help."""
+
+    def __init__(self, run_id: str, sequence: int) -> None:
+        super().__init__(
+            ErrorKind.UNAVAILABLE,
+            f"event {sequence} of run {run_id!r} is missing or damaged in storage; the events before it can be read",
+            outcome="not_done",
+        )
+
+
+CallLater = Callable[[float, Callable[[], None]], object]
+"""Calls back after so many seconds."""
+
+PageDone = Callable[[list[Entry] | Exception], None]
+
+
+class PageReader(Protocol):
+    """Reads pages of logs without being awaited."""
+
+    def page(self, head: Head, start: int, stop: int, entries: int, size: int, done: PageDone) -> None:
+        """The entries from `start` to before `stop`: at most `entries`, about `size` bytes, at least one.
+
+        `done` is called once, later, on the loop, with them or with why not; a gap or a damaged entry is an error.
+        """
+        ...
+
+
+class RunLog(PageReader, Protocol):
+    """Keeps runs. What it acknowledges is durable; a commit is published, in order, before it is acknowledged."""
+
+    async def submit(self, command: Command, by: Attendant | None) -> Any:
+        """The command's answer, once it is durable.
+
+        Raises:
+            RpcError: the command's refusal; unavailable, overloaded, deadline_exceeded.
+        """
+        ...
+
+    async def head(self, run_id: str) -> Head | None:
+        """The head of a run; None if there is none."""
+        ...
+
+    async def scan(self, head: Head, start: int, stop: int, limit: int, types: Sequence[str] | None) -> Scan:
+        """Entries for `runs.events`: of these types if given."""
+        ...
+
+    async def list(self, owner: str | None, filters: ListRuns, after: Place | None, limit: int) -> list[Head]:
+        """Runs for `runs.list`, newest first, of this owner if given: at most `limit`.
+
+        Where they fill more than a page, it ends with the one that does not fit, the second at the earliest.
+        """
+        ...

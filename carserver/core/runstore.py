@@ -1,0 +1,135 @@
+"""The runs, as methods use them: every change goes through the log, every answer comes from what is committed."""
+
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Protocol
+
+from carserver.config import Settings
+from carserver.core.attendance import Attendance, Attendant
+from carserver.core.commands import Cancel, Command, Interrupt
+from carserver.core.counters import Counters
+from carserver.core.hub import Hub, Topic
+from carserver.core.ports import Committed, Place, RunLog, Scan
+from carserver.core.principals import HOST, Principal, visible
+from carserver.core.runs import Head, LiveRun
+from carserver.protocol.errors import RpcError
+from carserver.protocol.frames import notification
+from carserver.protocol.runs import ListRuns, RunCancelled
+
+
+class Clock(Protocol):
+    """The daemon's clocks and timers."""
+
+    def now_ms(self) -> int:
+        """Milliseconds since 1970; may jump."""
+        ...
+
+    def monotonic(self) -> float:
+        """Seconds; never jumps."""
+        ...
+
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> object:
+        """Calls back after so many seconds."""
+        ...
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> object:
+        """Runs work of the daemon's own, beside everything else."""
+        ...
+
+
+class RunStore:
+    """All runs.
+
+    Args:
+        log: Where they are kept.
+        clock: Time, timers.
+        settings: The bounds.
+        counters: What is counted.
+    """
+
+    def __init__(self, log: RunLog, clock: Clock, settings: Settings, counters: Counters) -> None:
+        self._log = log
+        self._clock = clock
+        self._counters = counters
+        self.hub = Hub(log, clock.call_later, settings, counters)
+        self.attendance = Attendance(settings, clock.monotonic, clock.call_later, self._interrupt)
+
+    async def change(self, command: Command, by: Attendant | None) -> Any:
+        """The command's answer, once it is durable and published; then `by` attends the run.
+
+        Raises:
+            RpcError: as the command says; deadline_exceeded, overloaded, unavailable.
+        """
+        topic = self.hub.find(command.run_id)
+        refused = topic is not None and topic.head is not None and topic.head.owner != command.principal.name
+        if refused or not command.attends:
+            return await self._log.submit(command, by)
+        self.attendance.arriving(command.run_id)
+        try:
+            return await self._log.submit(command, by)
+        finally:
+            self.attendance.arrived(command.run_id)
+
+    def committed(self, changes: Sequence[Committed]) -> None:
+        """What one commit made, before any of it is acknowledged; called on the loop, in the log's order."""
+        try:
+            self.hub.publish((change.applied.head, change.applied.entries, change.applied.ended) for change in changes)
+        finally:
+            self._attend(changes)
+
+    def _attend(self, changes: Sequence[Committed]) -> None:
+        for command, applied, by in changes:
+            self._counters.events_recorded += len(applied.entries)
+            if applied.ended and isinstance(command, Cancel):
+                self._tell_cancelled(command)
+            if applied.ended and isinstance(command, Interrupt):
+                self._counters.runs_interrupted += 1
+            attends = by if command.attends and by is not None and not by.closed else None
+            self.attendance.changed(applied.head, attends)
+
+    async def topic(self, run_id: str, principal: Principal) -> Topic:
+        """A run that `principal` may see, as the loop knows it.
+
+        Raises:
+            RpcError: not_found; what reading raises.
+        """
+        topic = self.hub.find(run_id)
+        if topic is None or topic.head is None:
+            topic = self.hub.pin(run_id)
+            try:
+                head = await self._log.head(run_id)
+                if head is not None:
+                    topic.update(head)
+            finally:
+                self.hub.unpin(topic)
+        visible(topic.head, principal, "run", run_id)
+        return topic
+
+    async def scan(self, head: Head, after: int, limit: int, types: Sequence[str] | None) -> Scan:
+        """Entries of a log from the cursor `after`, never past `head`."""
+        return await self._log.scan(head, after, head.cursor, limit, types)
+
+    async def list(self, principal: Principal, filters: ListRuns, after: Place | None, limit: int) -> list[Head]:
+        """Runs that `principal` may see, newest first."""
+        owner = None if principal.role == "host" else principal.name
+        return await self._log.list(owner, filters, after, limit)
+
+    def found_live(self, runs: Sequence[LiveRun], old_boot_id: str) -> None:
+        """The runs that were live when the daemon started: they have the grace to be attended again."""
+        self.attendance.found(runs, f"daemon restarted (boot {old_boot_id})")
+
+    def _tell_cancelled(self, command: Cancel) -> None:
+        frame = notification("runs.cancelled", RunCancelled(run_id=command.run_id, reason=command.reason))
+        for attendant in self.attendance.attendants(command.run_id):
+            attendant.outbox.send(frame)
+
+    def _interrupt(self, run_id: str, revision: int, reason: str) -> None:
+        command = Interrupt(
+            run_id=run_id, principal=HOST, now_ms=self._clock.now_ms(), revision=revision, reason=reason
+        )
+        self._clock.spawn(self._submit_interrupt(command))
+
+    async def _submit_interrupt(self, command: Interrupt) -> None:
+        try:
+            await self._log.submit(command, None)
+        except RpcError:
+            self.attendance.again(command.run_id)

@@ -1,0 +1,165 @@
+"""One connection's place in one run's log: a number, `next`, and a mode. Rules 1 and 4 of the live trace."""
+
+from collections.abc import Callable
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+from carserver.core.counters import Counters
+from carserver.core.outbox import Framing, Outbox
+
+if TYPE_CHECKING:
+    from carserver.core.hub import Topic
+
+
+class Mode(Enum):
+    """Where a subscription's next event comes from."""
+
+    PENDING = auto()  # its reply is not queued yet
+    CATCHING_UP = auto()  # from the log
+    LIVE = auto()  # from the commit
+    CLOSED = auto()
+
+
+class Piece:
+    """Frames of consecutive events, `first` to before `end`, framed once for all who are sent them."""
+
+    __slots__ = ("_framed", "_payloads", "end", "first")
+
+    def __init__(self, first: int, payloads: list[bytes]) -> None:
+        self.first = first
+        self.end = first + len(payloads)
+        self._payloads = payloads
+        self._framed: dict[Framing, bytes] = {}
+
+    def framed(self, framing: Framing) -> bytes:
+        """All of them, as `framing` frames them."""
+        frames = self._framed.get(framing)
+        if frames is None:
+            frames = self._framed[framing] = b"".join(map(framing, self._payloads))
+        return frames
+
+
+class Bounds:
+    """How much of one subscription may wait in its outbox: events and bytes, or one piece that is larger."""
+
+    __slots__ = ("bytes", "events")
+
+    def __init__(self, events: int, bytes_: int) -> None:
+        self.events = events
+        self.bytes = bytes_
+
+
+class Subscription:
+    """A viewer of a run. `want` is called when it needs a page of the log."""
+
+    __slots__ = (
+        "_bounds",
+        "_counters",
+        "_undelivered_bytes",
+        "_undelivered_events",
+        "_want",
+        "endings_seen",
+        "mode",
+        "next",
+        "outbox",
+        "started_due",
+        "subscribed",
+        "topic",
+    )
+
+    def __init__(
+        self,
+        topic: "Topic",
+        outbox: Outbox,
+        cursor: int,
+        *,
+        bounds: Bounds,
+        counters: Counters,
+        want: Callable[["Subscription"], None],
+    ) -> None:
+        self.topic = topic
+        self.outbox = outbox
+        self.next = cursor
+        self.mode = Mode.PENDING
+        self.endings_seen = 0
+        self.started_due = cursor == 0
+        self.subscribed: dict[str, Subscription] = {}  # the connection's, where it stands until it is dropped
+        self._bounds = bounds
+        self._counters = counters
+        self._want = want
+        self._undelivered_events = 0
+        self._undelivered_bytes = 0
+
+    def offer(self, piece: Piece) -> None:
+        """New events. Live, it takes those that come next while there is room; all else it reads from the log later."""
+        if self.mode is not Mode.LIVE or piece.end <= self.next:
+            return
+        frames = piece.framed(self.outbox.framing)
+        if piece.first == self.next and self._has_room(piece.end - piece.first, len(frames)):
+            self._put(frames, piece.end - piece.first)
+            self.next = piece.end
+        else:
+            self._fall_behind()
+
+    def offer_ending(self) -> None:
+        """The run is over: live and level, it says so. Not level is who waits for what its head was read ahead of."""
+        if self.mode is Mode.LIVE and self.next == self.topic.cursor and not self._put_ending():
+            self._fall_behind()
+
+    def catch_up(self, piece: Piece) -> bool:
+        """A page of the log. False where there is no room for it in the outbox."""
+        frames = piece.framed(self.outbox.framing)
+        if piece.first != self.next or not self.outbox.has_room(len(frames)):
+            return False
+        self._put(frames, piece.end - piece.first)
+        self.next = piece.end
+        return True
+
+    def settle(self) -> bool:
+        """Goes live if it is level with its run. False where it needs a page, or room, first."""
+        if self.started_due:
+            frames = self.outbox.framing(self.topic.started())
+            if not self.outbox.has_room(len(frames)):
+                return False
+            self._put(frames, 0)
+            self.started_due = False
+        if self.next != self.topic.cursor or not self._put_ending():
+            return False
+        self.mode = Mode.LIVE
+        self._counters.catch_up_rejoins += 1
+        return True
+
+    def left(self, events: int, size: int) -> None:
+        """The outbox gave `events` of it to the socket."""
+        self._undelivered_events -= events
+        self._undelivered_bytes -= size
+        self._counters.events_delivered += events
+
+    def _put_ending(self) -> bool:
+        """The `ended` record, once per ending. False where there is no room for it."""
+        topic = self.topic
+        if not topic.over or self.endings_seen == topic.endings:
+            return True
+        frames = topic.ended().framed(self.outbox.framing)
+        if not self._has_room(0, len(frames)):
+            return False
+        self._put(frames, 0)
+        self.endings_seen = topic.endings
+        return True
+
+    def _has_room(self, events: int, size: int) -> bool:
+        mine = self._undelivered_bytes == 0 or (
+            self._undelivered_events + events <= self._bounds.events
+            and self._undelivered_bytes + size <= self._bounds.bytes
+        )
+        return mine and self.outbox.has_room(size)
+
+    def _put(self, frames: bytes, events: int) -> None:
+        self._undelivered_events += events
+        self._undelivered_bytes += len(frames)
+        self.outbox.put(frames, self, events)
+
+    def _fall_behind(self) -> None:
+        self.mode = Mode.CATCHING_UP
+        self._counters.subscription_overflows += 1
+        self._want(self)
