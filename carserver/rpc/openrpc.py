@@ -1,0 +1,97 @@
+"""The OpenRPC 1.3 document of a method table (https://spec.open-rpc.org), generated from what the methods declare."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from msgspec import Raw
+
+from carserver.protocol.errors import ErrorKind
+from carserver.protocol.runs import RunCancelled, TraceClosed, TraceEvent
+from carserver.protocol.server import Draining
+from carserver.rpc.dispatcher import UNDECLARED
+from carserver.rpc.method import Method, Table
+
+OPENRPC = "1.3.2"
+
+NOTIFICATIONS: Mapping[str, tuple[Any, str]] = {
+    "runs.trace.event": (TraceEvent, "The next record of a run's live trace, to its subscribers."),
+    "runs.trace.closed": (TraceClosed, "A live trace cannot go on; the reason says why."),
+    "runs.cancelled": (RunCancelled, "A run was cancelled; to the connections that attend it."),
+    "server.draining": (Draining, "The daemon stops: the connection is about to be closed with 1012."),
+}
+"""What the daemon sends on its own: the type of its params, and when."""
+
+_REF = "#/components/schemas/{name}"
+
+
+def document(table: Table, version: str) -> dict[str, Any]:
+    """The document: every native method, the errors, the schemas of all types, and the notifications."""
+    methods = [entry for entry in table.all().values() if not entry.dialect]
+    types = [type_ for entry in methods for type_ in (entry.params, entry.result) if type_ is not None]
+    types += [params for params, _ in NOTIFICATIONS.values()]
+    schemas, components = msgspec.json.schema_components(types, schema_hook=_schema_hook, ref_template=_REF)
+    by_type = dict(zip(map(repr, types), schemas, strict=True))
+
+    def schema(type_: Any) -> dict[str, Any]:
+        return by_type[repr(type_)] if type_ is not None else {}
+
+    return {
+        "openrpc": OPENRPC,
+        "info": {
+            "title": "carserver",
+            "version": version,
+            "description": "The shared recorder and control point of AI-agent runs. JSON-RPC 2.0 over WebSocket.",
+        },
+        "methods": [_method(entry, schema, components) for entry in methods],
+        "components": {"schemas": components, "errors": {kind.name: _error(kind) for kind in ErrorKind}},
+        "x-notifications": [
+            {"name": name, "summary": summary, "params": schema(params)}
+            for name, (params, summary) in NOTIFICATIONS.items()
+        ],
+        "x-requests": [],
+    }
+
+
+def _method(entry: Method, schema: Any, components: Mapping[str, Any]) -> dict[str, Any]:
+    summary, _, description = entry.documentation.partition("\n\n")
+    described: dict[str, Any] = {
+        "name": entry.name,
+        "summary": " ".join(summary.split()),
+        "paramStructure": "either" if entry.fields is not None else "by-position",
+        "params": _params(entry, schema, components),
+        "result": {"name": "result", "schema": schema(entry.result)},
+        "errors": [{"$ref": f"#/components/errors/{kind.name}"} for kind in errors_of(entry)],
+        "x-role": entry.role,
+    }
+    if description:
+        described["description"] = description
+    return described
+
+
+def errors_of(entry: Method) -> list[ErrorKind]:
+    """What a call of it may be answered: its own errors, and those of any method."""
+    return [kind for kind in ErrorKind if kind in entry.errors or kind in UNDECLARED]
+
+
+def _params(entry: Method, schema: Any, components: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One content descriptor per member; a list type is one, which stands for all that is given by place."""
+    if entry.params is None:
+        return []
+    whole = schema(entry.params)
+    if entry.fields is None:
+        return [{"name": "values", "description": "the params array itself", "schema": whole}]
+    name = whole["$ref"].rpartition("/")[2]
+    properties, required = components[name]["properties"], components[name].get("required", [])
+    # OpenRPC wants what is required first where params may be given by place; the Structs are declared that way.
+    return [{"name": member, "required": member in required, "schema": properties[member]} for member in entry.fields]
+
+
+def _error(kind: ErrorKind) -> dict[str, Any]:
+    return {"code": kind.code, "message": kind.when, "data": {"type": kind.type}}
+
+
+def _schema_hook(type_: Any) -> dict[str, Any]:
+    if type_ is Raw:
+        return {"description": "any JSON value, kept by its own bytes"}
+    raise NotImplementedError(f"no schema for {type_!r}")

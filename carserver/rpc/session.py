@@ -1,0 +1,162 @@
+"""A session: what the daemon knows of one peer while its connection lives. No transport is named here."""
+
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Protocol
+
+from msgspec import Struct
+
+from carserver.config import Settings
+from carserver.core.counters import Counters
+from carserver.core.outbox import Outbox
+from carserver.core.principals import Principal
+from carserver.core.runstore import Clock, RunStore
+from carserver.core.subscription import Subscription
+from carserver.protocol.closing import Close
+from carserver.protocol.server import ServerStatus
+
+if TYPE_CHECKING:
+    from carserver.rpc.method import Method
+
+Callback = Callable[[], None]
+
+
+class Authority(Protocol):
+    """Knows the tokens."""
+
+    def principal_of(self, token: str) -> Principal | None:
+        """Who holds it; None if nobody does."""
+        ...
+
+
+class Daemon(Protocol):
+    """What methods may ask of the daemon as a whole."""
+
+    @property
+    def draining(self) -> bool:
+        """Whether it takes no new work."""
+        ...
+
+    def status(self) -> ServerStatus:
+        """Its state at a glance."""
+        ...
+
+    def discover(self) -> bytes:
+        """Its OpenRPC document."""
+        ...
+
+    def new_id(self) -> str:
+        """A random UUID (version 4)."""
+        ...
+
+    async def sleep(self, seconds: float) -> None:
+        """Waits."""
+        ...
+
+
+class Services(Struct, frozen=True):
+    """Everything a method may use: the stores and the daemon, never a socket or a file."""
+
+    runs: RunStore
+    daemon: Daemon
+    authority: Authority
+    clock: Clock
+    counters: Counters
+    settings: Settings
+
+
+class Transport(Protocol):
+    """What a session wants of its connection."""
+
+    def end(self, code: Close, reason: str) -> None:
+        """Sends what waits, then closes."""
+        ...
+
+    def authenticated(self) -> None:
+        """The session has a principal now."""
+        ...
+
+    def progressed(self) -> None:
+        """A request was answered: there may be room for the next."""
+        ...
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Goes on with a request that has to wait; it is cancelled when the connection ends."""
+        ...
+
+
+class Session:
+    """One peer.
+
+    Args:
+        client_id: Random; what the peer is told and logs name it by.
+        outbox: Its frames.
+        transport: Its connection.
+        services: The daemon's.
+        principal: Who it acts as, if that is known already.
+    """
+
+    def __init__(
+        self,
+        client_id: str,
+        outbox: Outbox,
+        transport: Transport,
+        services: Services,
+        principal: Principal | None = None,
+    ) -> None:
+        self.client_id = client_id
+        self.outbox = outbox
+        self.transport = transport
+        self.services = services
+        self.principal = principal
+        self.dialect = ""
+        self.closed = False
+        self.in_flight = 0  # requests that finish without the peer
+        self.waiting = 0  # requests that wait on someone
+        self.subscriptions: dict[str, Subscription] = {}
+
+    @property
+    def acting(self) -> Principal:
+        """Who it acts as; only methods that need no authentication run without."""
+        assert self.principal is not None  # noqa: S101 - the dispatcher has refused
+        return self.principal
+
+    def authenticate(self, principal: Principal) -> None:
+        """From now on the session acts as `principal`."""
+        self.principal = principal
+        self.transport.authenticated()
+
+    def deliver(self, _id: bytes | None, reply: bytes | None, then: Callback | None) -> None:
+        """One call is done (`dispatcher.Receiver`): its reply is queued, then `then` happens."""
+        if reply is not None:
+            self.outbox.send(reply)
+        if then is not None:
+            then()
+
+    def begin_request(self, entry: "Method") -> None:
+        """A request could not be answered at once."""
+        if entry.waits:
+            self.waiting += 1
+        else:
+            self.in_flight += 1
+        if entry.pages:
+            self.outbox.reserved += self.services.settings.page_bytes
+
+    def end_request(self, entry: "Method") -> None:
+        """It is answered, or given up."""
+        if entry.waits:
+            self.waiting -= 1
+        else:
+            self.in_flight -= 1
+        if entry.pages:
+            self.outbox.reserved -= self.services.settings.page_bytes
+        self.transport.progressed()
+
+    def close(self) -> None:
+        """The connection has ended: its subscriptions go, and it attends nothing any more."""
+        if self.closed:
+            return
+        self.closed = True
+        for subscription in list(self.subscriptions.values()):
+            self.services.runs.hub.drop(subscription)
+        self.services.runs.attendance.leave(self)
+        self.outbox.discard()
