@@ -1,0 +1,59 @@
+"""Threads that read the database, each call with a connection of its own; they never write and never checkpoint."""
+
+import asyncio
+import sqlite3
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+from carserver.protocol.errors import unavailable
+from carserver.stores.schema import open_reader
+
+T = TypeVar("T")
+
+
+class Readers:
+    """A pool of `threads`, and as many connections, opened at once: later there may be no descriptors left."""
+
+    def __init__(self, path: Path, threads: int, name: str) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._connections = [open_reader(path) for _ in range(threads)]
+        self._free: SimpleQueue[sqlite3.Connection] = SimpleQueue()
+        for connection in self._connections:
+            self._free.put(connection)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
+        self.waiting = 0
+
+    def read(self, read: Callable[..., T], args: tuple[Any, ...], done: Callable[[T | Exception], None]) -> None:
+        """Runs `read(connection, *args)` in a thread; `done` is called later, on the loop, with its result or error."""
+        self.waiting += 1
+
+        def work() -> None:
+            connection = self._free.get()
+            result: T | Exception
+            try:
+                result = read(connection, *args)
+            except sqlite3.Error as error:
+                result = unavailable(f"storage cannot be read: {error}")
+            except Exception as error:  # noqa: BLE001 - it is the caller's, on the loop
+                result = error
+            finally:
+                self._free.put(connection)
+            self._loop.call_soon_threadsafe(self._finish, done, result)
+
+        try:
+            self._pool.submit(work)
+        except RuntimeError as error:  # it is closed, or there can be no thread
+            self._loop.call_soon(self._finish, done, unavailable(f"storage cannot be read: {error}"))
+
+    def _finish(self, done: Callable[[T | Exception], None], result: T | Exception) -> None:
+        self.waiting -= 1
+        done(result)
+
+    def close(self) -> None:
+        """Waits for what is being read; what has not begun is given up."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        for connection in self._connections:
+            connection.close()

@@ -1,0 +1,246 @@
+"""Rows and what they mean: heads, entries and batches, from the tables."""
+
+import sqlite3
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
+from msgspec import Raw
+
+from carserver.core.commands import Batch
+from carserver.core.ports import Damaged, Place, Scan
+from carserver.core.runs import Entry, Head, LiveRun
+from carserver.protocol.runs import LIVE, STATUSES, ListRuns, Recorded, Snapshot
+from carserver.stores.schema import SEQUENCE_BITS
+
+_HEAD_COLUMNS = """
+    no, owner, revision, endings, last_at_ms, key_digest,
+    id, session_id, agent_id, status, prompt, created_at_ms, updated_at_ms, result_text, error, cancel_reason,
+    interrupted_reason, event_count, parent_run_id, metadata, ended_at_ms, outcome_description, epoch
+"""
+_HEADS = f"SELECT {_HEAD_COLUMNS} FROM runs JOIN texts USING (no)"  # noqa: S608 - constants
+_LIVE_CODES = ", ".join(str(STATUSES.index(status)) for status in sorted(LIVE))
+_checksummed = struct.Struct("<qqB").pack
+
+
+class _EventType(msgspec.Struct):
+    type: str
+
+
+_event_type = msgspec.json.Decoder(_EventType)
+
+
+def place(no: int, sequence: int) -> int:
+    """The key of an event."""
+    return (no << SEQUENCE_BITS) + sequence
+
+
+def checksum(key: int, at_ms: int, status: int, event: bytes) -> int:
+    """Of an event and of where it stands: a row that changed, or changed places, shows."""
+    return zlib.crc32(event, zlib.crc32(_checksummed(key, at_ms, status)))
+
+
+def head_of(row: Sequence[Any]) -> Head:
+    """A row of `_HEADS`."""
+    no, owner, revision, endings, last_at_ms, key_digest, id_, session_id, agent_id, status, prompt, *rest = row
+    created, updated, result, error, cancel, interrupted, count, parent, metadata, ended, outcome, epoch = rest
+    run = Snapshot(
+        id=id_,
+        session_id=session_id,
+        agent_id=agent_id,
+        status=STATUSES[status],
+        prompt=prompt,
+        created_at_ms=created,
+        updated_at_ms=updated,
+        result_text=result,
+        error=error,
+        cancel_reason=cancel,
+        interrupted_reason=interrupted,
+        event_count=count,
+        parent_run_id=parent,
+        metadata=None if metadata is None else Raw(metadata),
+        ended_at_ms=ended,
+        outcome_description=outcome,
+        epoch=epoch,
+    )
+    return Head(
+        no=no,
+        owner=owner,
+        run=run,
+        revision=revision,
+        endings=endings,
+        last_at_ms=last_at_ms,
+        key_digest=key_digest,
+    )
+
+
+def read_head(connection: sqlite3.Connection, run_id: str) -> Head | None:
+    """The head of a run; None if there is none."""
+    row = connection.execute(f"{_HEADS} WHERE id = ?", (run_id,)).fetchone()
+    return None if row is None else head_of(row)
+
+
+def read_batch(connection: sqlite3.Connection, head: Head, batch_id: str) -> Batch | None:
+    """What is kept of a batch of a run."""
+    row = connection.execute(
+        "SELECT digest, first_sequence, count, status FROM batches WHERE no = ? AND batch_id = ?", (head.no, batch_id)
+    ).fetchone()
+    if row is None:
+        return None
+    digest, first, count, status = row
+    answer = Recorded(
+        run_id=head.run.id, first_sequence=first, count=count, cursor=first + count, status=STATUSES[status]
+    )
+    return Batch(batch_id, digest, answer)
+
+
+def read_live(connection: sqlite3.Connection) -> list[LiveRun]:
+    """The runs that are live."""
+    rows = connection.execute(f"SELECT id, revision FROM runs WHERE status IN ({_LIVE_CODES})")  # noqa: S608 - constants
+    return [LiveRun(*row) for row in rows]
+
+
+def swap_meta(connection: sqlite3.Connection, name: str, value: str) -> str | None:
+    """Keeps a word about the database itself; the one that was there before."""
+    row = connection.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+    connection.execute("REPLACE INTO meta VALUES (?, ?)", (name, value))
+    return None if row is None else row[0]
+
+
+def read_entries(connection: sqlite3.Connection, head: Head, start: int, stop: int) -> Iterator[Entry]:
+    """The log from `start` to before `stop`, row by row; close the iterator, or the reader holds back checkpoints.
+
+    Raises:
+        Damaged: an entry is missing, or not what was stored.
+    """
+    key = first = place(head.no, start)
+    cursor = connection.execute(
+        "SELECT place, at_ms, status, checksum, event FROM events WHERE place >= ? AND place < ? ORDER BY place",
+        (first, place(head.no, stop)),
+    )
+    try:
+        for found, at_ms, status, stored, event in cursor:
+            if found != key or not _is_sound(found, at_ms, status, stored, event):
+                break
+            yield Entry(key - first + start, at_ms, status, event)
+            key += 1
+    finally:
+        cursor.close()
+    if key - first + start < stop:
+        raise Damaged(head.run.id, key - first + start)
+
+
+def _is_sound(key: int, at_ms: Any, status: Any, stored: Any, event: Any) -> bool:
+    """Whether a row is what was stored; damage may have changed the very types of its values."""
+    try:
+        return bool(checksum(key, at_ms, status, event) == stored)
+    except (TypeError, struct.error):
+        return False
+
+
+def read_page(
+    connection: sqlite3.Connection, head: Head, start: int, stop: int, entries: int, size: int
+) -> list[Entry]:
+    """A page of the log: at most `entries`, about `size` bytes, at least one entry.
+
+    Raises:
+        Damaged: its first entry is; where a later one is, the page ends before it.
+    """
+    page: list[Entry] = []
+    taken = 0
+    rows = read_entries(connection, head, start, min(stop, start + entries))
+    try:
+        for entry in rows:
+            if page and taken + len(entry.raw) > size:
+                break
+            page.append(entry)
+            taken += len(entry.raw)
+    except Exception:
+        if not page:
+            raise
+    finally:
+        rows.close()  # type: ignore[attr-defined]  # a generator
+    return page
+
+
+def read_scan(
+    connection: sqlite3.Connection,
+    head: Head,
+    start: int,
+    stop: int,
+    *,
+    limit: int,
+    types: Sequence[str] | None,
+    page_bytes: int,
+    scan_entries: int,
+    scan_bytes: int,
+) -> Scan:
+    """Entries of `types` (None: all): at most `limit` and `page_bytes`; looks at `scan_entries` and `scan_bytes`.
+
+    Raises:
+        Damaged: the first entry looked at is.
+    """
+    wanted = None if types is None else frozenset(types)
+    found: list[Entry] = []
+    cursor, looked, taken = start, 0, 0
+    rows = read_entries(connection, head, start, min(stop, start + scan_entries))
+    try:
+        for entry in rows:
+            looked += len(entry.raw)
+            if wanted is None or _event_type.decode(entry.raw).type in wanted:
+                if found and taken + len(entry.raw) > page_bytes:
+                    break
+                found.append(entry)
+                taken += len(entry.raw)
+            cursor = entry.sequence + 1
+            if len(found) >= limit or looked > scan_bytes:
+                break
+    except Exception:
+        if cursor == start:
+            raise
+    finally:
+        rows.close()  # type: ignore[attr-defined]  # a generator
+    return Scan(found, cursor)
+
+
+def read_list(
+    connection: sqlite3.Connection,
+    owner: str | None,
+    filters: ListRuns,
+    after: Place | None,
+    limit: int,
+    size: int,
+) -> list[Head]:
+    """Runs, newest first: at most `limit`, and no more than fill `size` bytes and show that there is another."""
+    narrow = any(value is not None for value in (filters.session_id, filters.agent_id, filters.parent_run_id))
+    terms: list[tuple[str, Any]] = [
+        # The unary plus keeps the planner from the owner's index where a filter has a better one.
+        ("+owner = ?" if narrow else "owner = ?", owner),
+        ("session_id = ?", filters.session_id),
+        ("agent_id = ?", filters.agent_id),
+        ("parent_run_id = ?", filters.parent_run_id),
+        ("status = ?", None if filters.status is None else STATUSES.index(filters.status)),
+        ("created_at_ms > ?", filters.created_after_ms),
+        ("created_at_ms < ?", filters.created_before_ms),
+    ]
+    given = [(term, value) for term, value in terms if value is not None]
+    clauses = [term for term, _ in given]
+    values = [value for _, value in given]
+    if after is not None:
+        clauses.append("(created_at_ms, no) < (?, ?)")
+        values += [after.created_at_ms, after.no]
+    where = f"WHERE {' AND '.join(clauses)}" if clauses else ""
+    rows = connection.execute(f"{_HEADS} {where} ORDER BY created_at_ms DESC, no DESC LIMIT ?", (*values, limit))
+    found: list[Head] = []
+    taken = 0
+    try:
+        for row in rows:
+            found.append(head_of(row))
+            taken += sum(len(value) for value in row if isinstance(value, str | bytes))  # less than the JSON will have
+            if taken > size and len(found) > 1:
+                break
+    finally:
+        rows.close()
+    return found
