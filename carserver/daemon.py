@@ -1,0 +1,357 @@
+"""Builds the daemon, runs it, and ends it: everything is constructed here, and nothing is decided."""
+
+import asyncio
+import contextlib
+import errno
+import gc
+import importlib
+import logging
+import os
+import resource
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import uvloop
+
+from carserver import __version__
+from carserver.config import Settings
+from carserver.core.counters import Counters
+from carserver.core.principals import Principal, Secrets, principal_of_token
+from carserver.core.runstore import RunStore
+from carserver.front.handshake import Policy, policy_of
+from carserver.front.pages import Pages
+from carserver.front.websocket import Front
+from carserver.methods import runs, server, session, trace
+from carserver.protocol.codec import encode
+from carserver.protocol.server import Counts, OutboxDepths, ServerStatus
+from carserver.rpc.dispatcher import Dispatcher
+from carserver.rpc.method import Table
+from carserver.rpc.openrpc import document
+from carserver.rpc.session import Services
+from carserver.stores.folder import StateFolder, default_state_dir
+from carserver.stores.schema import StorageError
+from carserver.stores.sqlite import SqliteStore
+
+log = logging.getLogger("carserver")
+
+METHOD_MODULES: tuple[ModuleType, ...] = (session, runs, trace, server)
+DATABASE = "carserver.db"
+_OTHER_DESCRIPTORS = 64  # files, pipes and what libraries open
+_POLL_S = 0.02  # between two looks at what the drain waits for
+_GC_THRESHOLDS = (50_000, 20, 50)  # a large message makes that many objects, none of them garbage
+_LAST_S = 0.5  # for storage to close, however long the drain took
+_HEARTBEAT_S = 0.25  # between two looks at how late the loop is
+
+
+class StartError(Exception):
+    """The daemon cannot start; the message is one line that says why and what to do."""
+
+
+def run(settings: Settings) -> int:
+    """Runs the daemon until it is told to stop; its exit code.
+
+    Raises:
+        StartError: a taken port, a method module that cannot be used, storage that cannot be opened.
+        FolderError: the state folder is held by another daemon, or is not fit to be used.
+    """
+    _raise_descriptor_limit(settings)
+    folder = StateFolder(Path(settings.state_dir) if settings.state_dir else default_state_dir())
+    folder.lock()
+    folder.remove_endpoint()  # of a daemon that was killed: somebody else may listen there by now
+    try:
+        with _database_folder(settings, folder) as database_folder:
+            table = _table(settings)
+            sock = _bind(settings)
+            secrets = folder.secrets(settings)
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                return runner.run(_serve(settings, folder, secrets, database_folder, table, sock))
+    finally:
+        folder.unlock()
+
+
+def _raise_descriptor_limit(settings: Settings) -> None:
+    """The usual limit of 1,024 descriptors is not enough for `connections`; most systems let a process ask for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = settings.connections + _OTHER_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
+        if allowed < wanted:
+            log.warning("only %d descriptors are allowed (ulimit -n): fewer than %d connections", allowed, wanted)
+
+
+async def _serve(
+    settings: Settings, folder: StateFolder, secrets: Secrets, database_folder: Path, table: Table, sock: socket.socket
+) -> int:
+    authority = Authority(secrets)
+    try:
+        policy = policy_of(settings, authority.principal_of)
+        daemon = Daemon(settings, authority, policy, database_folder / DATABASE, table)
+    except (StorageError, ValueError) as error:
+        raise StartError(str(error)) from None
+    return await daemon.serve(sock, folder)
+
+
+@contextlib.contextmanager
+def _database_folder(settings: Settings, folder: StateFolder) -> Iterator[Path]:
+    """Where the database is: the state folder; in memory, for `--durability memory`, and gone at exit."""
+    if settings.durability != "memory":
+        yield folder.path
+        return
+    memory = Path("/dev/shm")  # noqa: S108 - what is made there is 0700 and has a name of its own
+    state = folder.path.stat()
+    prefix = f"carserver-{state.st_dev:x}-{state.st_ino:x}-"
+    for left in memory.glob(f"{prefix}*"):  # by a daemon of this folder that was killed: we hold its lock now
+        shutil.rmtree(left, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=memory))
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _table(settings: Settings) -> Table:
+    if settings.methods and os.getcwd() not in sys.path:  # noqa: PTH109 - as `python -m` has it
+        sys.path.insert(0, os.getcwd())  # noqa: PTH109
+    modules = list(METHOD_MODULES)
+    for name in settings.methods:
+        try:
+            modules.append(importlib.import_module(name))
+        except Exception as error:
+            raise StartError(f"--methods {name}: cannot import it: {error!r}") from error
+    try:
+        return Table.of(modules)
+    except TypeError as error:
+        raise StartError(f"--methods: {error}") from error
+
+
+def _bind(settings: Settings) -> socket.socket:
+    """The listening socket. Its send buffer is inherited: a stalled peer shows itself after that, not megabytes on."""
+    family, _, _, _, address = _resolve(settings)
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, settings.send_buffer_bytes)
+        sock.bind(address)
+        # At once: SO_REUSEADDR lets a second daemon bind as long as the first does not listen.
+        sock.listen(settings.backlog)
+    except OSError as error:
+        sock.close()
+        hint = "; is another daemon there? choose another --port" if error.errno == errno.EADDRINUSE else ""
+        raise StartError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}{hint}") from None
+    return sock
+
+
+def _resolve(settings: Settings) -> tuple[Any, ...]:
+    try:
+        return socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except socket.gaierror as error:
+        raise StartError(f"--host {settings.host!r}: {error.strerror}") from None
+
+
+class LoopClock:
+    """Time and timers of the running loop; implements `core.runstore.Clock`."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.monotonic = self._loop.time
+        self.call_later: Callable[[float, Callable[[], None]], object] = self._loop.call_later
+
+    def now_ms(self) -> int:
+        """Milliseconds since 1970."""
+        return time.time_ns() // 1_000_000
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs work of the daemon's own."""
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class Authority:
+    """Implements `rpc.session.Authority` with the secrets of the state folder."""
+
+    def __init__(self, secrets: Secrets) -> None:
+        self._secrets = secrets
+
+    def principal_of(self, token: str) -> Principal | None:
+        """Who holds the token."""
+        return principal_of_token(self._secrets, token)
+
+
+class Daemon:
+    """One daemon; implements `rpc.session.Daemon`. Made on a running loop."""
+
+    def __init__(self, settings: Settings, authority: Authority, policy: Policy, database: Path, table: Table) -> None:
+        self._settings = settings
+        self._table = table
+        self.boot_id = self.new_id()
+        self.draining = False
+        self._exit_code = 0
+        self._signals = 0
+        self._stopping = asyncio.Event()
+        self._lag_s = 0.0
+        self._document = b""
+        self.counters = Counters()
+        self.clock = LoopClock()
+        self._started_s = self.clock.monotonic()
+        self.store = SqliteStore(database, self.boot_id, settings, self.counters, self._storage_is_lost)
+        self.runs = RunStore(self.store, self.clock, settings, self.counters)
+        self.store.on_commit(self.runs.committed)
+        services = Services(
+            runs=self.runs,
+            daemon=self,
+            authority=authority,
+            clock=self.clock,
+            counters=self.counters,
+            settings=settings,
+        )
+        pages = Pages(self._problem, self._metrics, self.discover)
+        self.front = Front(services, Dispatcher(table, services), policy, pages.answer)
+
+    async def serve(self, sock: socket.socket, folder: StateFolder) -> int:
+        """Listens, says so, and works until a signal; the exit code."""
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._defect)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled)
+        await self.front.listen(sock)
+        self.runs.found_live(self.store.found_live, self.store.old_boot_id or "unknown")
+        host, port = sock.getsockname()[:2]
+        url = f"ws://[{host}]:{port}" if ":" in host else f"ws://{host}:{port}"
+        folder.write_endpoint(url, os.getpid(), self.boot_id)
+        self._beat()
+        gc.collect()
+        gc.freeze()  # what is there now stays: the collector need not look at it again
+        gc.set_threshold(*_GC_THRESHOLDS)
+        log.info("carserver %s is ready at %s", __version__, url, extra={"boot_id": self.boot_id})
+        sys.stdout.write(f"listening on {url}\n")
+        sys.stdout.flush()
+        await self._stopping.wait()
+        try:
+            await self._drain()
+        finally:
+            folder.remove_endpoint()
+        return self._exit_code
+
+    def _signalled(self) -> None:
+        if self._signals:
+            log.warning("second signal: exiting at once")
+            os._exit(1)
+        self._signals += 1
+        log.info("draining: what is under way has %g s", self._settings.drain_s)
+        self._stopping.set()
+
+    def _defect(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """An exception that nobody waited for."""
+        self.counters.internal_errors += 1
+        log.error("defect: %s", context.get("message"), exc_info=context.get("exception"))
+
+    def _storage_is_lost(self, why: str) -> None:
+        """Nothing can be acknowledged any more; what waits is answered, then the daemon exits."""
+        log.critical("fsync failed (%s): what is on disk is unknown, so the daemon stops", why)
+        self._exit_code = 1
+        self._stopping.set()
+
+    async def _drain(self) -> None:
+        """New work is refused, what is under way is finished, every peer is told: within `drain_s`."""
+        self.draining = True
+        deadline = self.clock.monotonic() + self._settings.drain_s
+        self.front.stop_listening()
+        self.front.announce_drain()
+        # Half of the time is for the requests, the other half for the peers to take their answers.
+        await self._until(lambda: not self.front.in_flight(), deadline - self._settings.drain_s / 2)
+        self.front.close_all()
+        await self._until(lambda: not self.front.connections, deadline)
+        self.front.abort_all()
+        if not await self.store.close(max(deadline - self.clock.monotonic(), _LAST_S)):
+            log.error("storage did not come to an end within drain_s: exiting without it; nothing acknowledged is lost")
+            os._exit(self._exit_code or 1)
+
+    async def _until(self, done: Callable[[], bool], deadline: float) -> None:
+        while not done() and self.clock.monotonic() < deadline:  # noqa: ASYNC110 - it depends on every connection, and
+            # fifty looks a second at the very end are simpler than an event that each of them would have to keep
+            await asyncio.sleep(_POLL_S)
+
+    def _beat(self) -> None:
+        """Sees how late the loop is."""
+        due = self.clock.monotonic() + _HEARTBEAT_S
+
+        def beat() -> None:
+            self._lag_s = max(self._lag_s, self.clock.monotonic() - due)
+            self._beat()
+
+        self.clock.call_later(_HEARTBEAT_S, beat)
+
+    # rpc.session.Daemon.
+
+    def status(self) -> ServerStatus:
+        """The daemon at a glance."""
+        total, largest = self.front.unsent()
+        return ServerStatus(
+            version=__version__,
+            boot_id=self.boot_id,
+            uptime_ms=round((self.clock.monotonic() - self._started_s) * 1000),
+            draining=self.draining,
+            counts=Counts(
+                connections=len(self.front.connections),
+                subscriptions=self.runs.hub.subscriptions,
+                attended_runs=self.runs.attendance.attended_runs(),
+            ),
+            outboxes=OutboxDepths(total_bytes=total, largest_bytes=largest),
+            storage=self.store.status(),
+        )
+
+    def discover(self) -> bytes:
+        """The OpenRPC document."""
+        self._document = self._document or encode(document(self._table, __version__))
+        return self._document
+
+    def new_id(self) -> str:
+        """A random UUID."""
+        return str(uuid.uuid4())
+
+    async def sleep(self, seconds: float) -> None:
+        """Waits."""
+        await asyncio.sleep(seconds)
+
+    # Pages.
+
+    def _problem(self) -> str | None:
+        return "draining" if self.draining else self.store.problem
+
+    def _metrics(self) -> tuple[bytes, str]:
+        # Imported at the first scrape: it takes as long as all the rest of the start together.
+        from carserver.front.metrics import Metrics  # noqa: PLC0415
+
+        return Metrics(self.counters, self._gauges).text()
+
+    def _gauges(self) -> dict[str, tuple[float, str]]:
+        total, largest = self.front.unsent()
+        storage = self.store.status()
+        lag, self._lag_s = self._lag_s, 0.0
+        return {
+            "connections": (len(self.front.connections), "Open sockets"),
+            "connections_unauthenticated": (self.front.waiting_for_authentication, "Connections without a principal"),
+            "subscriptions": (self.runs.hub.subscriptions, "Subscriptions to live traces"),
+            "attended_runs": (self.runs.attendance.attended_runs(), "Live runs that somebody attends"),
+            "requests_in_flight": (self.front.in_flight(), "Requests that were started and are not answered"),
+            "outbox_bytes": (total, "Bytes that wait for peers, all together"),
+            "outbox_largest_bytes": (largest, "Bytes that wait for the slowest peer"),
+            "storage_waiting_commands": (storage.waiting_commands, "Changes that wait for the writer"),
+            "storage_waiting_reads": (self.store.waiting_reads, "Reads that wait for a reader"),
+            "storage_database_bytes": (storage.database_bytes, "Size of the database file"),
+            "storage_log_bytes": (storage.log_bytes, "Size of the write-ahead log"),
+            "storage_writable": (storage.problem is None, "1 while storage takes writes"),
+            "loop_lag_seconds": (lag, "How late the event loop was at most since the last scrape"),
+        }
