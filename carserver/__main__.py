@@ -1,0 +1,5 @@
+"""`python -m carserver` is `carserver`."""
+
+from carserver.cli.app import main
+
+main()

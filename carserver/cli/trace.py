@@ -1,0 +1,156 @@
+"""`carserver runs trace`: a run's live log, a line for each event, for a person or a pipe."""
+
+import sys
+from contextlib import aclosing
+from typing import Any
+
+import click
+import msgspec
+
+from carserver.cli.output import in_colour, json_data, note
+from carserver.cli.plain import clipped, visible, visible_lines
+from carserver.client import ClientError, Traced, trace
+from carserver.client.trace import Opener
+
+_TEXT_CHARACTERS = 400  # of an event that is not text itself; the whole is in --json
+_TYPE_WIDTH = 20
+# What of an event is worth a line; the first that it has. Other types show their members as JSON.
+_TELLING: dict[str, tuple[str, ...]] = {
+    "agent_start": ("prompt",),
+    "planning_start": ("prompt",),
+    "agent_end": ("text",),
+    "error": ("message",),
+    "tool_start": ("name", "id"),
+    "tool_end": ("name", "exit_code", "error", "output"),
+    "step_start": ("step_number", "description"),
+    "step_end": ("step_number", "status"),
+}
+_COLOURS = (  # by how the type begins; the first that fits
+    ("error", "red"),
+    ("tool_", "cyan"),
+    ("agent_", "green"),
+    ("planning_", "magenta"),
+    ("step_", "magenta"),
+    ("goal_", "magenta"),
+    ("verification_", "blue"),
+)
+
+
+async def follow(open_connection: Opener, run_id: str, *, cursor: int, epoch: str | None, as_json: bool) -> None:
+    """Prints the records of a run until it has ended; the position goes to standard error if it breaks off."""
+    view = TraceView(coloured=in_colour())
+    last: Traced | None = None
+    records = trace(open_connection, run_id, cursor=cursor, epoch=epoch)
+    try:
+        async with aclosing(records):
+            async for record in records:
+                last = record
+                if as_json:
+                    json_data(record.raw, indented=False)
+                else:
+                    sys.stdout.write(view.show(record))
+                    sys.stdout.flush()
+    except ClientError:
+        if last is not None:
+            note(f"to go on from here: --cursor {last.cursor} --epoch {visible(last.epoch)}")
+        raise
+    finally:
+        sys.stdout.write(view.close())
+
+
+class TraceView:
+    """Records as text. Text that streams in pieces is joined; the pieces of one text stand below each other."""
+
+    def __init__(self, *, coloured: bool) -> None:
+        self._coloured = coloured
+        self._first_ms: int | None = None
+        self._stream: tuple[str, str] | None = None  # type and id of the text that is being joined
+        self._at_line_start = True
+
+    def show(self, record: Traced) -> str:
+        """What is to be written for one record."""
+        match record.kind:
+            case "started":
+                return self._started(record)
+            case "ended":
+                return self.close() + self._ended(record)
+        content = record.record.get("event")
+        event: dict[str, Any] = content if isinstance(content, dict) else record.record
+        type_ = str(event.get("type", record.kind))
+        piece = _piece(type_, event)
+        if piece is None:
+            return self.close() + self._prefix(record, type_) + self._styled(type_, _told(type_, event)) + "\n"
+        stream = (type_, str(event.get("id", "")))
+        before = ""
+        if stream != self._stream:
+            before = self.close() + self._prefix(record, type_)
+            self._stream = stream
+            self._at_line_start = False
+        return before + self._joined(piece)
+
+    def close(self) -> str:
+        """What ends a line that is still open."""
+        ending = "" if self._stream is None or self._at_line_start else "\n"
+        self._stream = None
+        self._at_line_start = True
+        return ending
+
+    def _joined(self, piece: str) -> str:
+        """A piece of text, its further lines below the first; an indent is written when something follows it."""
+        written = []
+        for line in visible_lines(piece).splitlines(keepends=True):
+            written.append(_INDENT + line if self._at_line_start else line)
+            self._at_line_start = line.endswith("\n")
+        return "".join(written)
+
+    def _prefix(self, record: Traced, type_: str) -> str:
+        time_ms = record.record.get("timestamp_ms")
+        offset = ""
+        if isinstance(time_ms, int):
+            if self._first_ms is None:
+                self._first_ms = time_ms
+            offset = f"+{(time_ms - self._first_ms) / 1000:.3f}"
+        sequence = record.record.get("sequence", "")
+        name = self._styled(type_, f"{visible(type_):<{_TYPE_WIDTH}}")
+        return self._dim(f"{sequence!s:>7} {offset:>10}  ") + name + " "
+
+    def _started(self, record: Traced) -> str:
+        agent = f" by {visible(record.agent_id)}" if record.agent_id else ""
+        intent = visible(clipped(str(record.record.get("intent", "")), _TEXT_CHARACTERS))
+        when = visible(str(record.record.get("started_at", "")))
+        return self._dim(f"{visible(record.run_id)}{agent}, {when}") + (f": {intent}\n" if intent else "\n")
+
+    def _ended(self, record: Traced) -> str:
+        text = str(record.record.get("error") or record.record.get("result_text") or "")
+        said = f": {visible(clipped(text, _TEXT_CHARACTERS))}" if text else ""
+        colour = {"completed": "green", "failed": "red"}.get(record.run_status, "yellow")
+        status = visible(record.run_status)
+        return f"{click.style(status, fg=colour, bold=True) if self._coloured else status}{said}\n"
+
+    def _styled(self, type_: str, text: str) -> str:
+        colour = next((colour for begin, colour in _COLOURS if type_.startswith(begin)), None)
+        return click.style(text, fg=colour) if self._coloured and colour else text
+
+    def _dim(self, text: str) -> str:
+        return click.style(text, dim=True) if self._coloured else text
+
+
+_INDENT = " " * (7 + 1 + 10 + 2 + _TYPE_WIDTH + 1)
+
+
+def _piece(type_: str, event: dict[str, Any]) -> str | None:
+    """The text of an event that is a piece of a longer one."""
+    if not type_.endswith("_delta"):
+        return None
+    return next((event[name] for name in ("text", "delta") if isinstance(event.get(name), str)), None)
+
+
+def _told(type_: str, event: dict[str, Any]) -> str:
+    """An event's content on one line; what is cut ends with an ellipsis."""
+    if type_ in _TELLING:
+        values = [event[name] for name in _TELLING[type_] if event.get(name) is not None]
+        text = "  ".join(str(value) for value in values)
+    else:
+        rest = {name: value for name, value in event.items() if name != "type"}
+        text = msgspec.json.encode(rest).decode() if rest else ""
+    return visible(clipped(text, _TEXT_CHARACTERS))
