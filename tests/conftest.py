@@ -1,0 +1,47 @@
+"""Fixtures, and async tests: each on a loop of its own, under a timeout; in debug mode where it is a unit test."""
+
+import asyncio
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.daemon import Daemon, running
+
+ASYNC_TEST_S = 50.0  # below pytest's own timeout for a test, so that this one names what waited
+
+StartDaemon = Callable[..., Daemon]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Runs a test that is a coroutine."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters}
+
+    async def run() -> None:
+        async with asyncio.timeout(ASYNC_TEST_S):
+            await pyfuncitem.obj(**arguments)
+
+    asyncio.run(run(), debug="unit" in Path(pyfuncitem.path).parts)
+    return True
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[StartDaemon]:
+    """Starts daemons, `start(*args, name="state", **settings)`; each must end well when the test does."""
+    with contextlib.ExitStack() as stack:
+
+        def start_one(*args: str, name: str = "state", **settings: object) -> Daemon:
+            return stack.enter_context(running(tmp_path / name, *args, **settings))
+
+        yield start_one
+
+
+@pytest.fixture
+def daemon(start: StartDaemon) -> Daemon:
+    """A daemon with default settings."""
+    return start()

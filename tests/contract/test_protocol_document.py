@@ -1,0 +1,31 @@
+"""What must show, 4: the OpenRPC document and docs/protocol.md come from the method table, and are not stale."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from carserver.rpc.method import Method
+from tests.daemon import Daemon
+from tests.openrpc import validate
+from tests.peer import peer
+from tests.reference import PAGE, generate, table
+
+
+async def test_the_page_is_what_the_examples_and_the_table_give_today(tmp_path: Path) -> None:
+    assert PAGE.read_text() == await generate(tmp_path), "docs/protocol.md is stale: run scripts/docs"
+
+
+async def test_discover_validates_against_openrpcs_own_schema_and_is_the_same_over_http(daemon: Daemon) -> None:
+    async with peer(daemon) as caller:
+        document = await caller.call("rpc.discover")
+    validate(document)
+    assert json.loads(await asyncio.to_thread(daemon.get, "/openrpc.json")) == document
+    assert [method["name"] for method in document["methods"]] == [entry.name for entry in table().all().values()]
+
+
+@pytest.mark.parametrize("entry", [pytest.param(entry, id=entry.name) for entry in table().all().values()])
+def test_every_method_that_takes_params_has_an_example_with_params(entry: Method) -> None:
+    assert (entry.params is not None) == (entry.example.params is not msgspec.UNSET)

@@ -1,0 +1,238 @@
+"""Writes docs/protocol.md from the daemon's own OpenRPC document and from the examples of its methods.
+
+Each example is run on a daemon of its own, over a socket; what it answered stands in the page, with what differs from
+run to run (times, random ids, sizes) replaced. `scripts/docs` calls this; a test fails when the page is stale.
+"""
+
+import asyncio
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from carserver.daemon import METHOD_MODULES
+from carserver.rpc.method import Method, Table
+from tests.daemon import running
+from tests.peer import Peer, peer
+
+PAGE = Path(__file__).parent.parent / "docs/protocol.md"
+AUTH_TOKEN = "AUTH_TOKEN"
+LONG = 3_000  # characters of an answer that is shown whole
+
+VOLATILE = {
+    "epoch": "ad0f6a0e-4a5c-4a57-a6a7-7f6f3a1d9d11",
+    "boot_id": "5f0c1f6e-52f0-4d0c-9d65-2b8a3f0e9c77",
+    "client_id": "c2b1f0a4-7c0e-4d37-8e55-9a4c1d2e3f60",
+    "started_at": "2026-11-20T08:11:31.053Z",
+    "ended_at": "2026-11-20T08:11:32.118Z",
+    "database_bytes": 4096,
+    "log_bytes": 131_072,
+}
+A_TIME_MS = 1_795_162_291_053
+
+INTRODUCTION = """\
+# The protocol
+
+*Generated from the daemon's method table by `scripts/docs`; do not edit. The same as OpenRPC: `rpc.discover`, or
+`/openrpc.json` on the daemon's port.*
+
+JSON-RPC 2.0 in WebSocket text frames, batches included. Authenticate by `Authorization: Bearer TOKEN` on the upgrade,
+or by `session.auth` as the first request. Params go by name, or by place in the order given here; members that a method
+does not know are ignored. Requests of one connection start in the order of their arrival and are answered as they
+finish. Every answer that acknowledges a change means that it is durable.
+"""
+
+
+def table() -> Table:
+    """The methods that the daemon serves by itself."""
+    return Table.of(METHOD_MODULES)
+
+
+async def run_example(entry: Method, state: Path) -> tuple[Any, list[Any]]:
+    """What a method's example answered on a fresh daemon, and what the daemon sent beside it."""
+    with running(state, auth_token=AUTH_TOKEN) as daemon:
+        async with peer(daemon, AUTH_TOKEN if entry.name != "session.auth" else None) as caller:
+            for name, params in entry.example.before:
+                await caller.call(name, params)
+            params = None if entry.example.params is msgspec.UNSET else entry.example.params
+            answer = await caller.call(entry.name, params)
+            return answer, await _beside(caller)
+
+
+async def _beside(caller: Peer) -> list[Any]:
+    """What was pushed until now: a ping's answer comes after it."""
+    await caller.call("server.ping")
+    pushed = []
+    while not caller.pushed.empty():
+        pushed.append(json.loads(caller.pushed.get_nowait()))
+    return pushed
+
+
+def settled(value: Any, key: str = "") -> Any:
+    """`value` with what differs from run to run replaced."""
+    if isinstance(value, dict):
+        return {name: settled(member, name) for name, member in value.items()}
+    if isinstance(value, list):
+        return [settled(member) for member in value]
+    if key in VOLATILE:
+        return VOLATILE[key]
+    return A_TIME_MS if key.endswith("_ms") and isinstance(value, int) else value
+
+
+def page(document: dict[str, Any], examples: dict[str, tuple[Any, list[Any]]]) -> str:
+    """The whole page."""
+    schemas = document["components"]["schemas"]
+    parts = [INTRODUCTION, _errors(document), "## Methods\n"]
+    parts += [_method(method, schemas, *examples[method["name"]]) for method in document["methods"]]
+    parts.append("## What the daemon sends on its own\n")
+    for notification in document["x-notifications"]:
+        parts.append(f"### {notification['name']}\n\n{notification['summary']}\n")
+        parts.append(_members(_named(notification["params"], schemas), schemas))
+    parts.append("## Types\n")
+    parts += [_type(name, schema, schemas) for name, schema in schemas.items() if _is_shown(name, document)]
+    return "\n".join(parts)
+
+
+def _errors(document: dict[str, Any]) -> str:
+    rows = [
+        f"| {error['code']} | `{error['data']['type']}` | {error['message']} |"
+        for error in document["components"]["errors"].values()
+    ]
+    return "\n".join(
+        [
+            "## Errors\n",
+            '`{"code", "message", "data": {"type", …}}`: `data.type` is the stable name, the message for a person.\n',
+            "| code | `data.type` | when |\n|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def _method(method: dict[str, Any], schemas: dict[str, Any], answer: Any, pushed: list[Any]) -> str:
+    entry = table().find(method["name"], "")
+    assert entry is not None
+    lines = [f"### {method['name']}\n", f"{method['summary']}\n"]
+    if "description" in method:
+        lines.append(f"{method['description']}\n")
+    lines.append(_members_of(method["params"], schemas) if method["params"] else "No params.\n")
+    lines.append(f"Result: {_type_words(method['result']['schema'], schemas)}.\n")
+    if entry.errors:
+        own = ", ".join(f"`{kind.type}`" for kind in sorted(entry.errors, key=lambda kind: kind.type))
+        lines.append(f"Errors of its own: {own}.\n")
+    if entry.role == "host":
+        lines.append("For the host.\n")
+    request: dict[str, Any] = {"jsonrpc": "2.0", "id": 1, "method": method["name"]}
+    if entry.example.params is not msgspec.UNSET:
+        request["params"] = entry.example.params
+    shown = [f"→ {_json(request)}", f"← {_json({'jsonrpc': '2.0', 'id': 1, 'result': _short(settled(answer))})}"]
+    shown += [f"← {_json(settled(message))}" for message in pushed]
+    return "\n".join([*lines, "```text", *shown, "```", ""])
+
+
+def _members_of(params: list[dict[str, Any]], schemas: dict[str, Any]) -> str:
+    rows = [
+        f"| `{param['name']}` | {_type_words(param['schema'], schemas)} | {_when(param['required'], param['schema'])} |"
+        for param in params
+    ]
+    return "\n".join(["| param | type | |\n|---|---|---|", *rows, ""])
+
+
+def _members(schema: dict[str, Any], schemas: dict[str, Any]) -> str:
+    required = schema.get("required", [])
+    rows = [
+        f"| `{name}` | {_type_words(member, schemas)} | {_when(name in required, member)} |"
+        for name, member in schema["properties"].items()
+    ]
+    return "\n".join(["| member | type | |\n|---|---|---|", *rows, ""])
+
+
+def _type(name: str, schema: dict[str, Any], schemas: dict[str, Any]) -> str:
+    lines = [f"### {name}\n"]
+    if "description" in schema:
+        lines.append(f"{schema['description']}\n")
+    if "properties" in schema:
+        lines.append(_members(schema, schemas))
+    else:
+        lines.append(f"{_type_words(schema, schemas)}\n")
+    return "\n".join(lines)
+
+
+def _is_shown(name: str, document: dict[str, Any]) -> bool:
+    """Params stand with their methods, notifications with theirs."""
+    entries = table().all().values()
+    own = {getattr(entry.params, "__name__", "") for entry in entries}
+    own |= {notification["params"]["$ref"].rpartition("/")[2] for notification in document["x-notifications"]}
+    return name not in own
+
+
+def _when(required: bool, schema: dict[str, Any]) -> str:
+    if required:
+        return "required"
+    default = schema.get("default")
+    return "optional" if default is None else f"default `{json.dumps(default)}`"
+
+
+def _named(schema: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = schemas[schema["$ref"].rpartition("/")[2]]
+    return found
+
+
+def _type_words(schema: dict[str, Any], schemas: dict[str, Any]) -> str:
+    """A schema in a few words."""
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        return f"[{name}](#{name.lower()})"
+    if "anyOf" in schema:
+        kinds = [_type_words(kind, schemas) for kind in schema["anyOf"] if kind.get("type") != "null"]
+        return " or ".join(kinds)
+    if "enum" in schema:
+        return ", ".join(f"`{json.dumps(value)}`" for value in schema["enum"])
+    if "const" in schema:
+        return f"`{json.dumps(schema['const'])}`"
+    kind = schema.get("type")
+    if kind == "array":
+        return f"array of {_type_words(schema.get('items', {}), schemas)}{_bounds(schema)}"
+    words = kind or schema.get("description", "any JSON value")
+    return f"{words}{_bounds(schema)}"
+
+
+def _bounds(schema: dict[str, Any]) -> str:
+    words = [
+        f"{sign} {schema[bound]}"
+        for bound, sign in (("minimum", "≥"), ("maximum", "≤"), ("minItems", "at least"), ("minLength", "at least"))
+        if bound in schema
+    ]
+    if "pattern" in schema:
+        words.append(f"`{schema['pattern']}`")
+    return f" ({', '.join(words)})" if words else ""
+
+
+def _short(answer: Any) -> Any:
+    """A long answer by its members' names."""
+    if isinstance(answer, dict) and len(json.dumps(answer)) > LONG:
+        return {name: member if isinstance(member, str) else "…" for name, member in answer.items()}
+    return answer
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+async def generate(folder: Path) -> str:
+    """Runs every example and makes the page."""
+    examples = {}
+    for number, entry in enumerate(table().all().values()):
+        examples[entry.name] = await run_example(entry, folder / str(number))
+    document = examples["rpc.discover"][0]
+    return page(document, examples)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as temporary:
+        text = asyncio.run(generate(Path(temporary)))
+    PAGE.write_text(text)
+    sys.stderr.write(f"wrote {PAGE.relative_to(Path.cwd())}\n")

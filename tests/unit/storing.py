@@ -1,0 +1,116 @@
+"""Storage for unit tests: real files, and commands as the methods would make them."""
+
+import contextlib
+import sqlite3
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from carserver.config import Settings
+from carserver.core.commands import Command, Create, Record
+from carserver.core.counters import Counters
+from carserver.core.ports import Committed
+from carserver.core.principals import CLIENT, Principal
+from carserver.core.runs import Event, Head
+from carserver.protocol.runs import Recorded, Snapshot, Status
+from carserver.stores.sqlite import SqliteStore
+
+NOW_MS = 1_700_000_000_000
+CLOSE_S = 20.0
+
+
+def create(run_id: str, *, prompt: str = "p", now_ms: int = NOW_MS, owner: Principal = CLIENT, **said: Any) -> Create:
+    """The command of `runs.create`."""
+    run = Snapshot(
+        id=run_id,
+        prompt=prompt,
+        status=Status.CREATED,
+        created_at_ms=now_ms,
+        updated_at_ms=now_ms,
+        event_count=0,
+        epoch=f"epoch of {run_id}",
+        **({"session_id": "", "agent_id": ""} | said),
+    )
+    head = Head(no=0, owner=owner.name, run=run, revision=1, endings=0, last_at_ms=now_ms)
+    return Create(run_id=run_id, principal=owner, now_ms=now_ms, head=head)
+
+
+def event(number: int, size: int = 0, type_: str = "text_delta") -> Event:
+    """An event that can be told from others, of at least `size` bytes."""
+    return Event(b'{"type":"%b","n":%d,"text":"%b"}' % (type_.encode(), number, b"x" * size), type_, None)
+
+
+def record(run_id: str, *events: Event, by: Principal = CLIENT, **more: Any) -> Record:
+    """The command of `runs.record`."""
+    return Record(
+        run_id=run_id, principal=by, now_ms=NOW_MS + 1, events=list(events), **({"run_events": 1_000_000} | more)
+    )
+
+
+@dataclass
+class Opened:
+    """A store, and what it did."""
+
+    store: SqliteStore
+    path: Path
+    counters: Counters
+    published: list[list[Committed]] = field(default_factory=list)
+    fatal: list[str] = field(default_factory=list)
+
+    async def submit(self, command: Command) -> Any:
+        """Its answer."""
+        return await self.store.submit(command, None)
+
+    async def append(self, run_id: str, *events: Event, **more: Any) -> Recorded:
+        """Records events."""
+        recorded: Recorded = await self.submit(record(run_id, *events, **more))
+        return recorded
+
+    async def head(self, run_id: str) -> Head:
+        """The head of a run that is there."""
+        head = await self.store.head(run_id)
+        assert head is not None
+        return head
+
+    @property
+    def writing(self) -> sqlite3.Connection:
+        """The writer's own connection; for when it is idle."""
+        return self.store._writer._connection
+
+
+@contextlib.asynccontextmanager
+async def opened(path: Path, **settings: Any) -> AsyncIterator[Opened]:
+    """A store on `path`."""
+    counters = Counters()
+    fatal: list[str] = []
+    store = SqliteStore(path, "boot", Settings(**settings), counters, fatal.append)
+    opened_ = Opened(store, path, counters, fatal=fatal)
+
+    def publish(changes: Sequence[Committed]) -> None:
+        opened_.published.append(list(changes))
+
+    store.on_commit(publish)
+    try:
+        yield opened_
+    finally:
+        assert await store.close(within_s=CLOSE_S)
+
+
+@contextlib.contextmanager
+def other_connection(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection of somebody else's to the same file."""
+    connection = sqlite3.connect(path, isolation_level=None, timeout=5)
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+@contextlib.contextmanager
+def write_lock(path: Path) -> Iterator[None]:
+    """Somebody else writes: the writer has to wait."""
+    with other_connection(path) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
+        connection.execute("ROLLBACK")
