@@ -58,7 +58,11 @@ class Outbox:
 
     def send(self, payload: bytes) -> None:
         """A message that must go out; it is dropped only where the connection is ending anyway."""
-        self.put(self.framing(payload))
+        if not self.sealed:
+            frame = self.framing(payload)
+            self._queue.append((frame, None, 0))
+            self.size += len(frame)
+            self._wake()
 
     def put(self, frames: bytes, sender: Sender | None = None, events: int = 0) -> None:
         """Frames that are ready for the transport."""

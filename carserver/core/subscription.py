@@ -94,9 +94,13 @@ class Subscription:
         """New events. Live, it takes those that come next while there is room; all else it reads from the log later."""
         if self.mode is not Mode.LIVE or piece.end <= self.next:
             return
-        frames = piece.framed(self.outbox.framing)
-        if piece.first == self.next and self._has_room(piece.end - piece.first, len(frames)):
-            self._put(frames, piece.end - piece.first)
+        outbox = self.outbox
+        frames = piece.framed(outbox.framing)
+        events = piece.end - piece.first
+        if piece.first == self.next and self._has_room(events, len(frames)):
+            self._undelivered_events += events
+            self._undelivered_bytes += len(frames)
+            outbox.put(frames, self, events)
             self.next = piece.end
         else:
             self._fall_behind()

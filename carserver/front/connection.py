@@ -164,7 +164,7 @@ class Connection(asyncio.Protocol):
         session = self.session
         if session is None:
             return
-        receive = self._front.dispatcher.receive
+        receive, reader, outbox = self._front.dispatcher.receive, self._reader, self.outbox
         self._dirty = True  # it is flushed at the end of this, so nobody needs to be told
         turn = self._settings.turn_messages
         try:
@@ -173,10 +173,10 @@ class Connection(asyncio.Protocol):
                 if turn < 0:
                     self._give_turn()
                     break
-                if self._must_wait(session):
+                if (session.in_flight or outbox.size) and self._must_wait(session):
                     self._pause_reading()
                     break
-                message = self._reader.next()
+                message = reader.next()
                 if message is None:
                     break
                 opcode, payload = message

@@ -20,6 +20,7 @@ encode = _encoder.encode
 """A value as compact JSON bytes."""
 
 _PLACE = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>.*)`)?$", re.DOTALL)
+_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _BETWEEN_TOKENS = re.compile(rb"[\n\r\t]")  # raw control characters cannot stand inside a JSON string
 
 
@@ -27,11 +28,11 @@ def parse(message: bytes, nesting: int, brackets: int) -> Any:
     """The value of a message.
 
     Raises:
-        RpcError: limit_exceeded where it has more than `brackets`, read or not; parse_error where it is not JSON, or
-            they nest deeper than `nesting`.
+        RpcError: limit_exceeded where it has more than `brackets`; parse_error where it is not JSON, or they nest
+            deeper than `nesting`.
     """
-    opening = _opening(message)
-    if opening > brackets:
+    opening = message.count(b"{") + message.count(b"[")
+    if opening > brackets and (opening := _opening(_STRINGS.sub(b"", message))) > brackets:
         raise limit_exceeded("brackets", opening, brackets, "message")
     try:
         value = orjson.loads(message)
@@ -48,7 +49,7 @@ def too_deep(source: bytes, value: Any, nesting: int) -> bool:
 
 
 def _opening(source: bytes) -> int:
-    """Its opening brackets, and those that stand in strings."""
+    """Its opening brackets, those in strings included."""
     return source.count(b"{") + source.count(b"[")
 
 

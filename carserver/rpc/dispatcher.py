@@ -155,17 +155,16 @@ class Dispatcher:
             to.deliver(None, None, then)
             return
         try:
-            reply = self._reply(id_, result)
-        except Exception as error:  # noqa: BLE001 - a result that cannot be sent is an error like any other
+            reply = frames.result_frame(id_, result.data if type(result) is Encoded else codec.encode(result))
+        except Exception as error:  # noqa: BLE001 - a result that cannot be encoded is an error like any other
             reply = frames.error_frame(id_, self._refusal(session, error, entry))
-        to.deliver(id_, reply, then)
-
-    def _reply(self, id_: bytes, result: Any) -> bytes:
-        """A reply that fits a frame."""
-        reply = frames.result_frame(id_, result.data if type(result) is Encoded else codec.encode(result))
         if len(reply) > self._frame_bytes:
-            raise limit_exceeded("frame_bytes", len(reply), self._frame_bytes, "result")
-        return reply
+            too_large = limit_exceeded("frame_bytes", len(reply), self._frame_bytes, "result")
+            reply = frames.error_frame(id_, self._refusal(session, too_large, entry))
+        if to is session and then is None:
+            session.outbox.send(reply)
+        else:
+            to.deliver(id_, reply, then)
 
     def _fail(self, session: Session, id_: bytes | None, refusal: RpcError, to: Receiver) -> None:
         then: Callback | None = None
