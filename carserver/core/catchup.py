@@ -56,7 +56,7 @@ class CatchUp:
         self._read()
 
     def _move_on(self, subscription: Subscription) -> None:
-        if subscription.mode is not Mode.CATCHING_UP or subscription.outbox.sealed:
+        if subscription.mode is not Mode.CATCHING_UP:
             return
         if not subscription.outbox.low:
             self._wait_for_room(subscription)

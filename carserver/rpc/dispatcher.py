@@ -8,6 +8,7 @@ import logging
 from typing import Any, Protocol
 from uuid import uuid4
 
+import msgspec
 from msgspec import Raw
 
 from carserver.protocol import codec, frames
@@ -59,6 +60,8 @@ class Dispatcher:
 
     def receive(self, session: Session, message: bytes) -> None:
         """One message of a peer; its answer, if it wants one, goes to the session's outbox, now or later."""
+        if len(message) <= frames.SHORT_BYTES and self._short(session, message):
+            return
         try:
             value = codec.parse(message, self._settings.nesting, self._settings.brackets)
         except RpcError as error:
@@ -70,6 +73,21 @@ class Dispatcher:
             self._batch(session, value, message)
         else:
             self._refuse(session, InvalidRequest(b"null", "a request object, or a batch of at least one"))
+
+    def _short(self, session: Session, message: bytes) -> bool:
+        """What nearly every request is: short, one call, as declared. False, and nothing is done, for all else."""
+        request = frames.read_short(message, self._settings.id_chars)
+        if request is None:
+            return False
+        id_, name, params = request
+        try:
+            entry = self._find(session, name)
+            arguments = entry.short_arguments(params)
+        except (RpcError, msgspec.DecodeError, UnicodeDecodeError):
+            return False
+        self._counters.requests += 1
+        self._run(session, id_, entry, arguments, session)
+        return True
 
     def _refuse(self, session: Session, error: RpcError) -> None:
         """A message of which no request could be read."""
@@ -91,21 +109,30 @@ class Dispatcher:
                 batch.deliver(b"null", frames.error_frame(b"null", error), None)
 
     def _call(self, session: Session, value: dict[str, Any], message: bytes | Raw, to: Receiver) -> None:
-        """One request or notification: runs its method up to its first wait."""
+        """One request or notification."""
         self._counters.requests += 1
         entry: Method | None = None
         id_: bytes | None = None
         try:
             id_, name, params = frames.read_request(value, self._settings.id_chars)
             entry = self._find(session, name)
-            result = entry.run(session, params, message)
-        except BaseException as error:  # noqa: BLE001 - the one door to the wire; a method may raise a cancel of its own
+            arguments = entry.arguments(params, message)
+        except Exception as error:  # noqa: BLE001 - the one door to the wire
             if isinstance(error, InvalidRequest):
                 if frames.is_reply(value):
                     self._counters.stray_replies += 1
                     to.deliver(None, None, None)
                     return
                 id_ = error.id_
+            self._fail(session, id_, self._refusal(session, error, entry), to)
+            return
+        self._run(session, id_, entry, arguments, to)
+
+    def _run(self, session: Session, id_: bytes | None, entry: Method, arguments: Any, to: Receiver) -> None:
+        """Runs a method up to its first wait."""
+        try:
+            result = entry.run(session, arguments)
+        except BaseException as error:  # noqa: BLE001 - the one door to the wire; a method may raise a cancel of its own
             self._fail(session, id_, self._refusal(session, error, entry), to)
             return
         if type(result) is eager.Pending:

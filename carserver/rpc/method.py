@@ -52,6 +52,13 @@ class Example(Struct, frozen=True):
 _NO_EXAMPLE = Example()
 
 
+class _Nothing(Struct, forbid_unknown_fields=True, gc=False):
+    """Params of methods that take none."""
+
+
+_NOTHING = msgspec.json.Decoder(_Nothing)
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """One method: its name, its types, who may call it, what it may raise."""
@@ -71,35 +78,33 @@ class Method:
     names: tuple[str, ...] = ()  # the params that are names: their length and characters are bounded by a setting
     fields: tuple[str, ...] | None = None  # of a Struct, for params given by place
     is_async: bool = False
+    strict: "msgspec.json.Decoder[Any]" = field(default=_NOTHING, repr=False)  # see `short_arguments`
     decoder: "msgspec.json.Decoder[Any] | None" = field(default=None, repr=False)  # where params keep bytes
 
-    def run(self, session: Any, params: Params, message: bytes | Raw) -> Any:
+    def run(self, session: Any, arguments: Any) -> Any:
         """Calls it, up to its first wait if it is a short one: its result, or an `eager.Pending`.
 
-        Args:
-            session: Who calls.
-            params: As `arguments` takes them.
-            message: The whole request.
-
         Raises:
-            RpcError: invalid_params, and what the method raises.
+            RpcError: what the method raises; limit_exceeded or invalid_params for a name.
         """
-        if self.params is not None:
-            arguments = self.arguments(params, message)
-            for name in self.names:
-                if (value := getattr(arguments, name)) is not None:
-                    codec.check_name(value, session.services.settings.name_chars, name)
-            result = self.call(session, arguments)
-        elif params and type(params) is list:  # unknown members are ignored, values by place have no other meaning
-            raise invalid_params("", f"{self.name} takes none")
-        else:
-            result = self.call(session)
+        for name in self.names:
+            if (value := getattr(arguments, name)) is not None:
+                codec.check_name(value, session.services.settings.name_chars, name)
+        result = self.call(session) if self.params is None else self.call(session, arguments)
         if not self.is_async:
             return result
         return eager.Pending(result) if self.waits else eager.start(result)
 
+    def short_arguments(self, params: Raw) -> Any:
+        """The params, typed, of a request that has none but declared ones.
+
+        Raises:
+            DecodeError, UnicodeDecodeError: they are to be looked at more closely, by `arguments`.
+        """
+        return self.strict.decode(params)
+
     def arguments(self, parsed: Params, message: bytes | Raw) -> Any:
-        """The params, typed.
+        """The params, typed; None where it takes none.
 
         Args:
             parsed: What came, parsed.
@@ -108,6 +113,10 @@ class Method:
         Raises:
             RpcError: invalid_params.
         """
+        if self.params is None:
+            if parsed and type(parsed) is list:  # unknown members are ignored, values by place have no other meaning
+                raise invalid_params("", f"{self.name} takes none")
+            return None
         if self.fields is None:
             return codec.convert([] if parsed is None else parsed, self.params)
         if type(parsed) is list:
@@ -125,6 +134,8 @@ class Method:
         values = dict(zip(names, raw_list_decoder.decode(raw_params(message)), strict=False))
         return codec.decode(self.decoder, codec.encode(values))
 
+
+_NEVER: "msgspec.json.Decoder[Any]" = msgspec.json.Decoder(Literal["never"])
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -178,6 +189,7 @@ def method(
             names=_names(params) if is_struct else (),
             while_draining=while_draining,
             example=example,
+            strict=_NOTHING if params is None else _strict_decoder(params) if is_struct else _NEVER,
             is_async=inspect.iscoroutinefunction(function),
             fields=_field_names(params) if is_struct else None if params is not None else (),
             decoder=msgspec.json.Decoder(params) if is_struct and _keeps_bytes(params) else None,
@@ -201,6 +213,13 @@ def _signature(function: Callable[..., Any]) -> tuple[Any, Any]:
 
 def _field_names(params: type[Struct]) -> tuple[str, ...]:
     return tuple(member.encode_name for member in msgspec.structs.fields(params))
+
+
+def _strict_decoder(params: type[Struct]) -> "msgspec.json.Decoder[Any]":
+    """Decodes what has no undeclared members. Bytes that are kept are not proved by it, so they have the other way."""
+    if _keeps_bytes(params):
+        return _NEVER
+    return msgspec.json.Decoder(msgspec.defstruct(params.__name__, [], bases=(params,), forbid_unknown_fields=True))
 
 
 def _names(params: type[Struct]) -> tuple[str, ...]:

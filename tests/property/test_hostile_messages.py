@@ -6,6 +6,7 @@ code under test. The frames below messages are `tests/unit/test_frames.py`'s.
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from carserver.methods.runs import RUN
 from carserver.protocol.errors import ErrorKind
+from carserver.protocol.frames import SHORT_BYTES
 from tests.rig import Rig, rigged
 
 EXAMPLES = 300
@@ -234,3 +236,27 @@ def test_whatever_comes_is_answered_in_json_rpc_as_often_as_due(rig: tuple[Rig, 
     for reply in replies:
         check_reply(reply)
     assert Counter(json.dumps(reply["id"]) for reply in replies) == Counter(wanted)
+
+
+VARIES = re.compile(
+    rb'"(now_ms|uptime_ms|updated_at_ms|created_at_ms|ended_at_ms|log_bytes|incident)":("[^"]*"|\d+)'
+    rb'|"next_page":"[^"]*"|[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}'
+    rb'|"message":"not JSON(?:[^"\\]|\\.)*"'  # it says where
+)
+short_messages = messages.filter(lambda message: len(message) <= SHORT_BYTES)
+
+
+@settings(
+    max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+)
+@given(message=short_messages)
+@example(message=b'{"jsonrpc":"2.0","id":9007199254740993,"method":"server.ping"}')
+@example(message=b'{"jsonrpc":"2.0","id":1,"method":"runs.events","params":{"run_id":"%b","after":-1}}' % RUN.encode())
+@example(message=b'{"jsonrpc":"2.0","id":1,"method":"server.ping","params":{"x":"\\ud800"}}')
+@example(message=b'{"jsonrpc":"2.0","id":1,"method":"sum","params":' + b"[" * 100 + b"]" * 100 + b"}")
+def test_a_short_message_is_answered_as_if_it_were_long(rig: tuple[Rig, Any], message: bytes) -> None:
+    one, runner = rig
+    # First as it is, so that what it changes is changed; then twice more, with and without white space behind it.
+    runner.run(one.receive(message))
+    short, long = (runner.run(one.receive(message + b" " * padding)) for padding in (0, SHORT_BYTES))
+    assert [VARIES.sub(b"", frame) for frame in short] == [VARIES.sub(b"", frame) for frame in long]

@@ -355,6 +355,20 @@ def test_a_connection_with_many_subscriptions_has_one_turn_like_any_other() -> N
     assert abs(many - one) <= 2
 
 
+def test_within_a_connection_subscriptions_take_turns() -> None:
+    world = World(msgspec.structs.replace(ROOMY, catch_up_reads=1, page_entries=3), runs=4, connections=1)
+    (peer,) = world.connections
+    for run_id in world.run_ids:
+        world.commit([world.record(run_id, SMALL * 50)])
+        world.publish()
+        world.subscribe(peer, run_id, 0.0)
+        world.answer()
+    for _ in range(20):
+        world.complete(0)
+        world.drain(peer, 1_000_000)
+    assert [subscription.next for subscription, _ in peer.open.values()] == [15, 15, 15, 15]
+
+
 def test_a_page_is_read_once_for_all_who_wait_for_it() -> None:
     assert take_turns([[0], [0], [0]], runs=1, pages=10) in ([10, 10, 10], [9, 9, 9])
 
