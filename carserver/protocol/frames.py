@@ -41,8 +41,8 @@ _SHORT_ARRAYS = 8  # and no bracket nests too deep
 
 def read_short(message: bytes, id_chars: int) -> tuple[bytes | None, str, Raw] | None:
     """The id, method and params of a short request; None for whatever has to be looked at more closely."""
-    if message.count(b"[") > _SHORT_ARRAYS:
-        return None
+    if b"\\" in message or message.count(b'"params"') > 1 or message.count(b"[") > _SHORT_ARRAYS:
+        return None  # params given twice, and the first of them not proved by anyone
     try:
         request = _short_decoder.decode(message)
     except (msgspec.DecodeError, UnicodeDecodeError):

@@ -30,7 +30,8 @@ IS_NAME = {"carserver": "name"}
 
 Id = Annotated[str, msgspec.Meta(extra=IS_NAME)]
 Name = Annotated[str, msgspec.Meta(min_length=1, extra=IS_NAME)]
-Cursor = Annotated[int, msgspec.Meta(ge=0)]
+Cursor = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Limit = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
 Milliseconds = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 
@@ -99,7 +100,7 @@ class ReadEvents(Struct, frozen=True, kw_only=True):
 
     run_id: Id
     after: Cursor = 0
-    limit: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    limit: Limit | None = None
     types: Annotated[list[str], msgspec.Meta(min_length=1)] | None = None
 
 
@@ -129,7 +130,7 @@ class ListRuns(Struct, frozen=True, kw_only=True):
     parent_run_id: Id | None = None
     created_after_ms: Milliseconds | None = None
     created_before_ms: Milliseconds | None = None
-    limit: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    limit: Limit | None = None
     page: str | None = None
 
 

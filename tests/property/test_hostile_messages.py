@@ -239,7 +239,7 @@ def test_whatever_comes_is_answered_in_json_rpc_as_often_as_due(rig: tuple[Rig, 
 
 
 VARIES = re.compile(
-    rb'"(now_ms|uptime_ms|updated_at_ms|created_at_ms|ended_at_ms|log_bytes|incident)":("[^"]*"|\d+)'
+    rb'"(now_ms|first_sequence|cursor|event_count|uptime_ms|updated_at_ms|created_at_ms|ended_at_ms|log_bytes|incident)":("[^"]*"|\d+)'
     rb'|"next_page":"[^"]*"|[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}'
     rb'|"message":"not JSON(?:[^"\\]|\\.)*"'  # it says where
 )
@@ -253,6 +253,9 @@ short_messages = messages.filter(lambda message: len(message) <= SHORT_BYTES)
 @example(message=b'{"jsonrpc":"2.0","id":9007199254740993,"method":"server.ping"}')
 @example(message=b'{"jsonrpc":"2.0","id":1,"method":"runs.events","params":{"run_id":"%b","after":-1}}' % RUN.encode())
 @example(message=b'{"jsonrpc":"2.0","id":1,"method":"server.ping","params":{"x":"\\ud800"}}')
+@example(message=b'{"jsonrpc":"2.0","id":1,"method":"server.ping","params":{"x":1e999},"params":{}}')
+@example(message=b'{"jsonrpc":"2.0","id":1,"method":"server.ping","p\\u0061rams":{"x":1e999},"params":{}}')
+@example(message=b'{"jsonrpc":"2.0","id":1,"method":"runs.list","params":{"limit":%d}}' % (2**64 + 1))
 @example(message=b'{"jsonrpc":"2.0","id":1,"method":"sum","params":' + b"[" * 100 + b"]" * 100 + b"}")
 def test_a_short_message_is_answered_as_if_it_were_long(rig: tuple[Rig, Any], message: bytes) -> None:
     one, runner = rig
