@@ -15,6 +15,7 @@ from carserver.core.outbox import Outbox
 from carserver.core.ports import CallLater, Damaged, PageReader
 from carserver.core.runs import Entry
 from carserver.core.subscription import Mode, Piece, Subscription
+from carserver.protocol.errors import RpcError
 
 if TYPE_CHECKING:
     from carserver.core.hub import Topic
@@ -48,7 +49,12 @@ class CatchUp:
         self._counters = counters
         self._drop = drop
         self._turns: deque[Outbox] = deque()
-        self._lanes: dict[Outbox, deque[Subscription]] = {}
+        self._lanes: dict[Outbox, deque[tuple[Subscription, int]]] = {}  # who waits, and for the page at which cursor
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for their turn."""
+        return sum(map(len, self._lanes.values()))
 
     def want(self, subscription: Subscription) -> None:
         """Moves a subscription on that is catching up: to live if it is level, else it waits for a turn or for room."""
@@ -75,35 +81,35 @@ class CatchUp:
         if lane is None:
             lane = self._lanes[subscription.outbox] = deque()
             self._turns.append(subscription.outbox)
-        lane.append(subscription)
+        lane.append((subscription, subscription.next))
 
     def _read(self) -> None:
         while self._free_reads and self._turns:
-            subscription = self._next()
+            subscription, place = self._next()
             # None: a page that another one asked for has served it.
-            asked = subscription.topic.waiting.pop(subscription.next, None) or ()
+            asked = subscription.topic.waiting.pop(place, None) or ()
             waiting = [other for other in asked if other.mode is Mode.CATCHING_UP]
             if waiting:
                 self._free_reads -= 1
-                self._read_for(subscription.topic, subscription.next, waiting)
+                self._read_for(subscription.topic, place, waiting)
 
-    def _next(self) -> Subscription:
+    def _next(self) -> tuple[Subscription, int]:
         outbox = self._turns.popleft()
         lane = self._lanes[outbox]
-        subscription = lane.popleft()
+        first = lane.popleft()
         if lane:
             self._turns.append(outbox)
         else:
             del self._lanes[outbox]
-        return subscription
+        return first
 
     def _read_for(self, topic: "Topic", start: int, waiting: list[Subscription]) -> None:
         def done(page: list[Entry] | Exception) -> None:
             self._free_reads += 1
-            if isinstance(page, Damaged):
-                self._give_up(topic, waiting, page)
-            elif isinstance(page, Exception):
+            if isinstance(page, RpcError) and not isinstance(page, Damaged):
                 self._try_later(waiting)
+            elif isinstance(page, Exception):
+                self._give_up(topic, waiting, page)
             else:
                 self._serve(topic, start, page, waiting)
             self._read()
@@ -143,8 +149,9 @@ class CatchUp:
         self._counters.catch_up_retries += 1
         self._call_later(self._retry_s, try_again)
 
-    def _give_up(self, topic: "Topic", waiting: list[Subscription], error: Damaged) -> None:
-        frame = topic.frames.closed(error.message)
+    def _give_up(self, topic: "Topic", waiting: list[Subscription], error: Exception) -> None:
+        words = error.message if isinstance(error, RpcError) else "a defect of the daemon; its log has the details"
+        frame = topic.frames.closed(words)
         for subscription in waiting:
             if subscription.mode is Mode.CATCHING_UP:
                 self._counters.subscriptions_closed += 1

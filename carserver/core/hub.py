@@ -140,6 +140,16 @@ class Hub:
         self._catch_up = CatchUp(pages, call_later, settings, counters, self.drop)
         self.subscriptions = 0
 
+    @property
+    def topics(self) -> int:
+        """How many runs the loop has a copy of."""
+        return len(self._pinned) + len(self._idle)
+
+    @property
+    def waiting(self) -> int:
+        """Subscriptions that wait for a page of their log."""
+        return self._catch_up.waiting
+
     def find(self, run_id: str) -> Topic | None:
         """The topic, if the loop has it."""
         return self._pinned.get(run_id) or self._idle.get(run_id)

@@ -33,14 +33,10 @@ class Place(NamedTuple):
 
 
 class Damaged(RpcError):
-    """An entry of a log is missing or not what was stored: reading it again will not help."""
+    """What is stored is missing, or not what was stored: reading it again will not help."""
 
-    def __init__(self, run_id: str, sequence: int) -> None:
-        super().__init__(
-            ErrorKind.UNAVAILABLE,
-            f"event {sequence} of run {run_id!r} is missing or damaged in storage; the events before it can be read",
-            outcome="not_done",
-        )
+    def __init__(self, message: str) -> None:
+        super().__init__(ErrorKind.UNAVAILABLE, message, outcome="not_done")
 
 
 CallLater = Callable[[float, Callable[[], None]], object]

@@ -1,6 +1,7 @@
 """Threads that read the database, each call with a connection of its own; they never write and never checkpoint."""
 
 import asyncio
+import logging
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -8,10 +9,15 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from carserver.protocol.errors import unavailable
+from carserver.core.ports import Damaged
+from carserver.protocol.errors import RpcError, unavailable
 from carserver.stores.schema import open_reader
 
 T = TypeVar("T")
+
+log = logging.getLogger("carserver.storage")
+
+_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 
 class Readers:
@@ -36,8 +42,11 @@ class Readers:
             try:
                 result = read(connection, *args)
             except sqlite3.Error as error:
-                result = unavailable(f"storage cannot be read: {error}")
-            except Exception as error:  # noqa: BLE001 - it is the caller's, on the loop
+                result = _unreadable(error)
+            except RpcError as error:
+                result = error
+            except Exception as error:
+                log.exception("a defect in a reader")
                 result = error
             finally:
                 self._free.put(connection)
@@ -57,3 +66,10 @@ class Readers:
         self._pool.shutdown(wait=True, cancel_futures=True)
         for connection in self._connections:
             connection.close()
+
+
+def _unreadable(error: sqlite3.Error) -> RpcError:
+    if error.sqlite_errorcode in _DAMAGED:
+        log.error("the database is damaged: %s; restore a backup of it", error)
+        return Damaged(f"storage is damaged: {error}")
+    return unavailable(f"storage cannot be read: {error}")

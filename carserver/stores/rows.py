@@ -129,7 +129,10 @@ def read_entries(connection: sqlite3.Connection, head: Head, start: int, stop: i
     finally:
         cursor.close()
     if key - first + start < stop:
-        raise Damaged(head.run.id, key - first + start)
+        sequence = key - first + start
+        raise Damaged(
+            f"event {sequence} of run {head.run.id!r} is missing or damaged; the events before it can be read"
+        )
 
 
 def _is_sound(key: int, at_ms: Any, status: Any, stored: Any, event: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What must show, 2: any sequence of operations on logs and subscriptions, against a model; and its liveness twin.
+"""Any sequence of operations on logs and subscriptions, against a model; and its liveness twin.
 
 Safety: every subscription is sent `started` (from 0), then its log without gap or repetition, and `ended` once per
 ending, level. Liveness: at rest everyone has everything; with room and prompt peers nobody reads a page without need.
@@ -348,6 +348,12 @@ def take_turns(watched: list[list[int]], runs: int, pages: int) -> list[int]:
 
 def test_connections_take_turns_at_reading() -> None:
     assert take_turns([[0], [1], [2], [3]], runs=4, pages=20) == [5, 5, 5, 5]
+
+
+def test_viewers_who_share_their_pages_have_no_more_turns_than_one_who_reads_alone() -> None:
+    *shared, alone = take_turns([[0]] * 6 + [[1]], runs=2, pages=30)
+    assert set(shared) == {shared[0]}
+    assert abs(shared[0] - alone) <= 2
 
 
 def test_a_connection_with_many_subscriptions_has_one_turn_like_any_other() -> None:

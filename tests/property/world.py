@@ -324,7 +324,7 @@ class World:
         """A page cannot be read, now or later: those who wait for it are told, and that is the end of it."""
         waiting = [held for connection in self.connections for held in connection.open.values()]
         read = self.log.reads.pop(place)
-        read.done(Damaged(read.run_id, 0))
+        read.done(Damaged("damaged"))
         for subscription, viewer in waiting:
             viewer.ended_by_daemon = subscription.mode is Mode.CLOSED
         for connection in self.connections:
