@@ -36,6 +36,9 @@ class Connection:
     def progressed(self) -> None:
         """Reading never pauses here."""
 
+    def give_turn(self) -> None:
+        """There is nobody else here."""
+
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Goes on with a request that waits."""
         task = asyncio.create_task(work)

@@ -17,6 +17,7 @@ from carserver.core.outbox import Outbox
 from carserver.front import frames
 from carserver.front.frames import CLOSE, PING, PONG, FrameReader, Violation
 from carserver.front.handshake import Answer, Handshake, Page, Upgrade, decide
+from carserver.front.reading import Reading
 from carserver.protocol.closing import Close
 from carserver.rpc.session import Session
 
@@ -56,7 +57,6 @@ class Connection(asyncio.Protocol):
         self._write_timer: asyncio.TimerHandle | None = None
         self._left_at_half = 0  # of a write that waits
         self._congested = False  # the transport holds more than high_water_bytes
-        self._reading_paused = False
         self._dirty = False  # among those that the front flushes at the end of this tick
         self._heard = False  # anything, since the last ping
         self._peer_closed = False  # its close frame has come
@@ -71,6 +71,7 @@ class Connection(asyncio.Protocol):
         self._transport.set_write_buffer_limits(high=self._high_water, low=self._high_water)
         peer = transport.get_extra_info("peername")
         self.address = peer[0] if peer else ""
+        self._reading = Reading(self._transport, self.outbox, self._must_wait, self._go_on, self._counters)
         if self._front.accepted(self):
             self._set_timer(self._settings.handshake_s, self._handshake_too_slow)
         else:
@@ -84,8 +85,8 @@ class Connection(asyncio.Protocol):
         else:
             self._reader.feed(data)
             self._read()
-            if len(data) >= self._settings.turn_bytes and not self._reading_paused:
-                self._give_turn()
+            if len(data) >= self._settings.turn_bytes and not self._reading.paused:
+                self._reading.give_turn()
 
     def eof_received(self) -> bool | None:
         """The peer is gone, with no close frame: the transport closes after what is written already."""
@@ -164,17 +165,17 @@ class Connection(asyncio.Protocol):
         session = self.session
         if session is None:
             return
-        receive, reader, outbox = self._front.dispatcher.receive, self._reader, self.outbox
+        receive, reading, reader, outbox = self._front.dispatcher.receive, self._reading, self._reader, self.outbox
         self._dirty = True  # it is flushed at the end of this, so nobody needs to be told
         turn = self._settings.turn_messages
         try:
-            while not self._reading_paused:
+            while not reading.paused:
                 turn -= 1
                 if turn < 0:
-                    self._give_turn()
+                    reading.give_turn()
                     break
-                if (session.in_flight or outbox.size) and self._must_wait(session):
-                    self._pause_reading()
+                if (session.in_flight or outbox.size) and self._must_wait():
+                    reading.wait()
                     break
                 message = reader.next()
                 if message is None:
@@ -211,41 +212,16 @@ class Connection(asyncio.Protocol):
         self._set_timer(self._settings.close_s, self._transport.abort)
         self._wake()
 
-    def _must_wait(self, session: Session) -> bool:
+    def _must_wait(self) -> bool:
         """Whether the peer has asked for as much as may be under way."""
-        return self.state is State.OPEN and (session.in_flight >= self._settings.in_flight or self.outbox.full)
-
-    def _pause_reading(self) -> None:
-        self._reading_paused = True
-        self._counters.reading_pauses += 1
-        self._transport.pause_reading()
-        self._resume_when_low()
-
-    def _give_turn(self) -> None:
-        """It has had its share of this tick: libuv would read up to 8 MiB of one socket before it looks at another."""
-        self._reading_paused = True
-        self._transport.pause_reading()
-        self._loop.call_soon(self._resume)
-
-    def _resume_when_low(self) -> None:
-        """For an outbox that is full; a request that is answered calls `progressed`."""
-        if self.outbox.size and self.outbox.full:
-            self.outbox.when_low(self._resume_soon)
-
-    def _resume_soon(self) -> None:
-        if self._reading_paused:
-            self._loop.call_soon(self._resume)
-
-    def _resume(self) -> None:
         session = self.session
-        if not self._reading_paused or session is None or self.state is State.GONE:
-            return
-        if self._must_wait(session):
-            self._resume_when_low()
-            return
-        self._reading_paused = False
-        self._heard = True  # what it sent meanwhile was not read: the ping clock stood still
-        self._transport.resume_reading()
+        if session is None or self.state is not State.OPEN:
+            return False
+        return session.in_flight >= self._settings.in_flight or self.outbox.full
+
+    def _go_on(self) -> None:
+        """Reading goes on: what the peer sent meanwhile was not seen, so the ping clock stood still."""
+        self._heard = True
         self._read()
 
     # rpc.session.Transport.
@@ -258,7 +234,7 @@ class Connection(asyncio.Protocol):
         log.info("closing: %s", reason, extra={"client": self._client_id(), "code": int(code)})
         self.outbox.seal(frames.close_frame(code, reason))
         self._cancel_timer()
-        self._resume_soon()  # to see its close frame
+        self._reading.changed()  # to see its close frame
 
     def authenticated(self) -> None:
         """Messages may be large from now on, and pings begin."""
@@ -269,7 +245,11 @@ class Connection(asyncio.Protocol):
 
     def progressed(self) -> None:
         """A request was answered."""
-        self._resume_soon()
+        self._reading.changed()
+
+    def give_turn(self) -> None:
+        """What was begun is to start before the next message is looked at."""
+        self._reading.give_turn()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """A request that waits; it ends with the connection."""
@@ -280,7 +260,7 @@ class Connection(asyncio.Protocol):
     # Pings.
 
     def _ping(self) -> None:
-        if self._reading_paused:
+        if self._reading.paused:
             self._set_timer(self._settings.ping_s, self._ping)
             return
         self._heard = self._congested  # a peer that is behind is the write timeout's
@@ -289,7 +269,7 @@ class Connection(asyncio.Protocol):
         self._set_timer(self._settings.pong_s, self._check_heard)
 
     def _check_heard(self) -> None:
-        if self._heard or self._reading_paused:
+        if self._heard or self._reading.paused:
             self._set_timer(max(self._settings.ping_s - self._settings.pong_s, 0), self._ping)
         else:
             self._counters.ping_timeouts += 1

@@ -35,7 +35,6 @@ from carserver.rpc.method import Encoded, Example, method
 from carserver.rpc.session import Session
 
 NOT_FOUND, CONFLICT, FORBIDDEN = ErrorKind.NOT_FOUND, ErrorKind.CONFLICT, ErrorKind.FORBIDDEN
-DEFAULT_LIST = 100
 
 _KEYED = uuid5(NAMESPACE_URL, "carserver:runs")
 """The name space of run ids that are made from an idempotency key."""
@@ -155,7 +154,7 @@ async def record(session: Session, params: RecordEvents) -> Recorded:
     return recorded
 
 
-@method("runs.get", errors=[NOT_FOUND], example=Example({"run_id": RUN}, before=[CREATE]))
+@method("runs.get", pages=True, errors=[NOT_FOUND], example=Example({"run_id": RUN}, before=[CREATE]))
 async def get(session: Session, params: RunRef) -> Encoded[Snapshot]:
     """The snapshot of a run: its state now."""
     topic = await session.services.runs.topic(params.run_id, session.acting)
@@ -164,6 +163,7 @@ async def get(session: Session, params: RunRef) -> Encoded[Snapshot]:
 
 @method(
     "runs.events",
+    pages=True,
     errors=[NOT_FOUND],
     example=Example({"run_id": RUN, "after": 0, "limit": 2}, before=[CREATE, _RECORD]),
 )
@@ -196,7 +196,7 @@ def _page_limit(given: int | None, default: int, maximum: int) -> int:
     return default if given is None else given
 
 
-@method("runs.list", example=Example({"session_id": "demo", "limit": 1}, before=[CREATE]))
+@method("runs.list", pages=True, example=Example({"session_id": "demo", "limit": 1}, before=[CREATE]))
 async def list_(session: Session, params: ListRuns) -> Encoded[RunPage]:
     """Runs, newest first: one's own, or all of them for the host.
 
@@ -205,7 +205,7 @@ async def list_(session: Session, params: ListRuns) -> Encoded[RunPage]:
     """
     settings = session.services.settings
     filters, after = (params, None) if params.page is None else _read_page(params)
-    limit = _page_limit(params.limit, DEFAULT_LIST, settings.page_entries)
+    limit = _page_limit(params.limit, settings.list_entries, settings.page_entries)
     heads = await session.services.runs.list(session.acting, filters, after, limit + 1)
     shown: list[bytes] = []
     size = 0

@@ -10,6 +10,7 @@ from carserver.rpc.session import Session
 
 @method(
     "runs.trace.subscribe",
+    pages=True,
     errors=[ErrorKind.NOT_FOUND],
     example=Example({"run_id": RUN}, before=[CREATE]),
 )
@@ -41,7 +42,14 @@ async def subscribe(session: Session, params: SubscribeTrace) -> Replied[Encoded
         encode(run.epoch),
         encode(recovered),
     )
-    return Replied(Encoded(reply), lambda: runs.hub.activate(subscription))
+
+    def replied(as_it_is: bool) -> None:
+        if as_it_is:
+            runs.hub.activate(subscription)
+        else:
+            runs.hub.drop(subscription)
+
+    return Replied(Encoded(reply), replied)
 
 
 @method("runs.trace.unsubscribe", example=Example({"run_id": RUN}))

@@ -6,7 +6,6 @@ from exceptions to the wire (`_refusal`). This is the path of every request, so 
 
 import logging
 from typing import Any, Protocol
-from uuid import uuid4
 
 import msgspec
 from msgspec import Raw
@@ -138,6 +137,8 @@ class Dispatcher:
         if type(result) is eager.Pending:
             session.begin_request(entry)
             session.transport.spawn(self._finish(session, entry, id_, result, to))
+            if entry.waits:
+                session.transport.give_turn()
         else:
             self._answer(session, entry, id_, result, to)
 
@@ -188,6 +189,9 @@ class Dispatcher:
         if len(reply) > self._frame_bytes:
             too_large = limit_exceeded("frame_bytes", len(reply), self._frame_bytes, "result")
             reply = frames.error_frame(id_, self._refusal(session, too_large, entry))
+            if then is not None:
+                then(False)
+                then = None
         if to is session and then is None:
             session.outbox.send(reply)
         else:
@@ -197,7 +201,7 @@ class Dispatcher:
         then: Callback | None = None
         if refusal.kind is ErrorKind.AUTH_REQUIRED:  # answered first, in a batch with all of it
 
-            def then() -> None:
+            def then(_: bool) -> None:
                 session.transport.end(Close.POLICY, "authentication required: session.auth comes first")
 
         to.deliver(id_, None if id_ is None else frames.error_frame(id_, refusal), then)
@@ -207,7 +211,7 @@ class Dispatcher:
         self._counters.errors += 1
         if not isinstance(error, RpcError):
             self._counters.internal_errors += 1
-            incident = uuid4().hex[:12]
+            incident = self._daemon.new_id()
             name = entry.name if entry else "?"
             log.error("internal error %s in %s", incident, name, exc_info=error, extra={"client": session.client_id})
             message = f"a defect of the daemon; its log has the details under incident {incident}"
@@ -230,24 +234,26 @@ class _Batch:
         self._limit = limit
         self._size = 2
         self._replies: list[bytes] = []
-        self._then: list[Callback] = []
+        self._then: list[tuple[Callback, bool]] = []
 
     def deliver(self, id_: bytes | None, reply: bytes | None, then: Callback | None) -> None:
         """One call is done."""
-        if id_ is not None and reply is not None:
-            self._keep(id_, reply)
+        as_it_is = id_ is None or reply is None or self._keep(id_, reply)
         if then is not None:
-            self._then.append(then)
+            self._then.append((then, as_it_is))
         self._left -= 1
         if self._left == 0:
             if self._replies:
                 self._session.outbox.send(frames.batch_frame(self._replies))
-            for callback in self._then:
-                callback()
+            for callback, as_it_is in self._then:
+                callback(as_it_is)
 
-    def _keep(self, id_: bytes, reply: bytes) -> None:
-        room = self._limit - self._size - self._left * _SHORT_REPLY  # so that what follows can at least be refused
-        if len(reply) > room:
+    def _keep(self, id_: bytes, reply: bytes) -> bool:
+        """Whether it fits; what does not is refused in its place."""
+        room = self._limit - self._size - (self._left - 1) * _SHORT_REPLY  # what follows can at least be refused
+        fits = len(reply) <= room
+        if not fits:
             reply = frames.error_frame(id_, limit_exceeded("frame_bytes", len(reply), max(room, 0), "batch"))
         self._replies.append(reply)
         self._size += len(reply) + 1
+        return fits

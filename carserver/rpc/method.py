@@ -33,11 +33,14 @@ class Encoded(Generic[T]):
 
 
 class Replied(Generic[T]):
-    """A result, and what is to happen when its reply is queued (in a batch: when the batch's is)."""
+    """A result, and what is to happen when its reply is queued (in a batch: when the batch's is).
+
+    `then` is told whether the reply says so; False: it was too large, and refused instead.
+    """
 
     __slots__ = ("result", "then")
 
-    def __init__(self, result: T, then: Callable[[], None]) -> None:
+    def __init__(self, result: T, then: Callable[[bool], None]) -> None:
         self.result = result
         self.then = then
 

@@ -17,7 +17,8 @@ from carserver.protocol.server import ServerStatus
 if TYPE_CHECKING:
     from carserver.rpc.method import Method
 
-Callback = Callable[[], None]
+Callback = Callable[[bool], None]
+"""What is to happen once a reply is queued; it is told whether that says what the method answered."""
 
 
 class Authority(Protocol):
@@ -79,6 +80,10 @@ class Transport(Protocol):
         """A request was answered: there may be room for the next."""
         ...
 
+    def give_turn(self) -> None:
+        """A request was spawned that has not started: it does before the next message is looked at."""
+        ...
+
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Goes on with a request that has to wait; it is cancelled when the connection ends."""
         ...
@@ -130,7 +135,7 @@ class Session:
         if reply is not None:
             self.outbox.send(reply)
         if then is not None:
-            then()
+            then(True)
 
     def begin_request(self, entry: "Method") -> None:
         """A request could not be answered at once."""

@@ -1,4 +1,4 @@
-"""What must show, 3: JSON-RPC 2.0 exactly, by tests/data/jsonrpc-2.0-cases.json, in process and over the socket."""
+"""JSON-RPC 2.0 exactly, by tests/data/jsonrpc-2.0-cases.json, in process and over the socket."""
 
 import json
 from collections.abc import Iterator
@@ -119,3 +119,23 @@ async def refusal(client: Peer, method: str, params: Any = None) -> dict[str, An
     answer = await client.request({"method": method, **({} if params is None else {"params": params})})
     error: dict[str, Any] = answer["error"]
     return error
+
+
+def test_a_subscription_whose_reply_is_refused_for_its_size_is_none(tmp_path: Path) -> None:
+    with rigged(tmp_path, frame_bytes=4_096) as (rig, runner):
+        (created,) = runner.run(rig.receive(request("runs.create", {"prompt": "p" * 2_500})))
+        run_id = json.loads(created)["result"]["id"]
+        subscribe = request("runs.trace.subscribe", {"run_id": run_id})
+        (batch,) = runner.run(rig.receive(b"[%b,%b]" % (subscribe, subscribe)))
+        kinds = ["result" if "result" in reply else reply["error"]["data"]["limit"] for reply in json.loads(batch)]
+        assert kinds == ["result", "frame_bytes"]
+        assert (rig.daemon.runs.hub.subscriptions, rig.session.subscriptions) == (0, {}), (
+            "the second replaced the first"
+        )
+        (alone,) = runner.run(rig.receive(subscribe))
+        assert "result" in json.loads(alone)
+        assert rig.daemon.runs.hub.subscriptions == 1
+
+
+def request(method: str, params: object) -> bytes:
+    return json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}).encode()
