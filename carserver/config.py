@@ -1,4 +1,6 @@
-"""Every number that carserver lives by: its unit, its default, its reason.
+"""Every limit, duration and bound that can be set: its unit, its default, its reason.
+
+What is a fact of a format or of the code that uses it, and no choice of an operator's, stands as a constant there.
 
 This module is data: it reads no file and no environment (`cli.settings` does that) and every room may import it.
 A field is set by `--flag` where the command line has one, else by `CARSERVER_<FIELD>`, else by the key of the same
@@ -58,6 +60,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     run_events: Count = 1_000_000
     page_entries: Count = 1_000
     page_bytes: Bytes = 1 * MIB
+    list_entries: Count = 100  # of a runs.list that names no limit
     scan_entries: Count = 10_000  # entries that one filtered runs.events looks at
     scan_bytes: Bytes = 16 * MIB  # and their bytes: an entry may be 1 MiB, so the count alone bounds nothing
     grace_s: Seconds = 30.0  # before a run that nobody attends is interrupted
@@ -69,7 +72,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     subscription_bytes: Bytes = 1 * MIB
     subscriptions: Count = 1_024  # of one connection
     burst_bytes: Bytes = 64 * KIB  # frames of one commit joined for all viewers; a piece that a viewer takes or not
-    catch_up_bytes: Bytes = 256 * KIB  # one page of a viewer that catches up: a quarter of its outbox, so it refills
+    catch_up_bytes: Bytes = 256 * KIB  # one page of a viewer that catches up; read when its outbox is a quarter full
     catch_up_reads: Count = 2  # pages read at a time, by threads of their own: one is framed while the next is read
     catch_up_retry_s: Seconds = 1.0  # before a page that could not be read is asked for again
     topics: Count = 10_000  # runs of which the loop keeps its copy though nobody watches them
@@ -78,7 +81,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     # Connections.
     connections: Count = 10_000
     connections_per_address: Count = 256  # of one address other than loopback
-    unauthenticated: Count = 64  # the oldest is dropped for the new one
+    unauthenticated: Count = 64  # open ones; the oldest is dropped for the new one. Handshakes count as connections
     in_flight: Count = 64  # short requests of one connection; then its reading pauses
     waiting: Count = 64  # requests of one connection that wait on someone; one more is overloaded
     turn_messages: Count = 64  # taken from one connection before the others have their turn
@@ -107,6 +110,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     writer_heads_bytes: Bytes = 64 * MIB
     wal_bytes: Bytes = 16 * MIB  # written, about, between two checkpoints
     read_threads: Count = 2
+    probe_s: Seconds = 1.0  # how often storage that failed is tried when nobody writes
     retry_after_ms: Count = 1_000  # told to a peer that is asked to come back
 
     # The end.

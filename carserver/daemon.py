@@ -239,7 +239,7 @@ class Daemon:
         sys.stdout.flush()
         await self._stopping.wait()
         try:
-            await self._drain()
+            await self._drain(folder)
         finally:
             folder.remove_endpoint()
         return self._exit_code
@@ -263,7 +263,7 @@ class Daemon:
         self._exit_code = 1
         self._stopping.set()
 
-    async def _drain(self) -> None:
+    async def _drain(self, folder: StateFolder) -> None:
         """New work is refused, what is under way is finished, every peer is told: within `drain_s`."""
         self.draining = True
         deadline = self.clock.monotonic() + self._settings.drain_s
@@ -276,6 +276,7 @@ class Daemon:
         self.front.abort_all()
         if not await self.store.close(max(deadline - self.clock.monotonic(), _LAST_S)):
             log.error("storage did not come to an end within drain_s: exiting without it; nothing acknowledged is lost")
+            folder.remove_endpoint()
             os._exit(self._exit_code or 1)
 
     async def _until(self, done: Callable[[], bool], deadline: float) -> None:
@@ -348,6 +349,9 @@ class Daemon:
             "requests_in_flight": (self.front.in_flight(), "Requests that were started and are not answered"),
             "outbox_bytes": (total, "Bytes that wait for peers, all together"),
             "outbox_largest_bytes": (largest, "Bytes that wait for the slowest peer"),
+            "topics": (self.runs.hub.topics, "Runs of which the loop keeps its copy"),
+            "catch_up_waiting": (self.runs.hub.waiting, "Subscriptions that wait for a page of their log"),
+            "storage_waiting_bytes": (self.store.waiting_bytes, "Bytes of changes that wait for the writer"),
             "storage_waiting_commands": (storage.waiting_commands, "Changes that wait for the writer"),
             "storage_waiting_reads": (self.store.waiting_reads, "Reads that wait for a reader"),
             "storage_database_bytes": (storage.database_bytes, "Size of the database file"),

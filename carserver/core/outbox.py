@@ -37,7 +37,7 @@ class Outbox:
         self.size = 0
         self.reserved = 0  # for the large answers of requests under way
         self.sealed = False
-        self._low = limit // 4
+        self._low = limit // 4  # below it a page of a log fits, and reading goes on
         self._relief: list[Callable[[], None]] = []
         self._queue: deque[tuple[bytes, Sender | None, int]] = deque()
         self._wake = wake

@@ -1,8 +1,8 @@
 """What is true of a run: its head, and how events and operations move its status. Pure; contract, section 7.
 
-The two tables of the contract are `EFFECTS` (events) and the functions `record`, `fail`, `cancel`, `resume` and
-`interrupt` (operations): each takes a head and gives the next one. Late events are stored and move nothing; the first
-final status wins.
+The two tables of the contract are `EFFECTS` (events) and the functions `advance` (record), `fail`, `cancel`, `resume`
+and `interrupt` (operations): each takes a head and gives the next one. Late events are stored and move nothing; the
+first final status wins.
 """
 
 from collections.abc import Sequence

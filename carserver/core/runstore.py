@@ -131,5 +131,7 @@ class RunStore:
     async def _submit_interrupt(self, command: Interrupt) -> None:
         try:
             await self._log.submit(command, None)
-        except RpcError:
+        except Exception as error:
             self.attendance.again(command.run_id)
+            if not isinstance(error, RpcError):
+                raise

@@ -7,7 +7,6 @@ class Close(IntEnum):
     """A close code that is sent."""
 
     NORMAL = 1000
-    GOING_AWAY = 1001
     PROTOCOL_ERROR = 1002
     UNSUPPORTED_DATA = 1003
     INVALID_DATA = 1007

@@ -56,7 +56,7 @@ class TraceFrames:
         )
 
     def started(self, run: Snapshot) -> bytes:
-        """What a stream begins with that begins at 0: the run as it was created."""
+        """What a stream begins with that begins at 0. `intent` is the prompt now: `agent_start` may have filled it."""
         record = StartedRecord(
             run_id=run.id,
             agent_id=run.agent_id,

@@ -152,7 +152,7 @@ class SqliteStore:
 
     def _give_up(self, future: "asyncio.Future[Any]") -> None:
         self._counters.storage_deadlines += 1
-        future.set_exception(_too_slow(self._settings.storage_s))
+        _resolve(future, _too_slow(self._settings.storage_s))
 
     # The whole.
 
@@ -160,6 +160,11 @@ class SqliteStore:
     def problem(self) -> str | None:
         """Why storage takes no writes; None while it does."""
         return self._writer.problem
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Of changes that wait for the writer, about."""
+        return self._waiting_bytes
 
     @property
     def waiting_reads(self) -> int:
@@ -205,6 +210,7 @@ def _resolve(future: "asyncio.Future[Any]", result: object) -> None:
         return
     if isinstance(result, Exception):
         future.set_exception(result)
+        future.exception()  # its caller may have gone: then nobody retrieves it, which is no defect
     else:
         future.set_result(result)
 

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("carserver.storage")
 
-_PROBE_S = 1.0  # how often storage that failed is tried when nobody writes
 _FSYNC_FAILED = {sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC}
 _COMMIT_BYTES = 16 * 1024  # that a transaction takes in the write-ahead log beside its events, at the least
 _TEXTS = ("prompt", "outcome_description", "metadata", "result_text", "error", "cancel_reason", "interrupted_reason")
@@ -110,7 +109,7 @@ class Writer:
         jobs: list[Job] = []
         size = 0
         try:
-            job = self._jobs.get(timeout=None if self.problem is None else _PROBE_S)
+            job = self._jobs.get(timeout=None if self.problem is None else self._settings.probe_s)
             while job is not None:
                 jobs.append(job)
                 size += job.command.size
@@ -147,7 +146,10 @@ class Writer:
             self._checkpoint()
 
     def _checkpoint(self) -> None:
-        """Writes the log back into the database, as far as no reader stands in the way; nobody waits for it."""
+        """Writes the log back into the database, as far as no reader stands in the way.
+
+        After the answers of its commit have gone out; what comes meanwhile waits for it.
+        """
         self._unchecked_bytes = 0
         try:
             self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()

@@ -283,8 +283,7 @@ def test_while_storage_fails_it_is_said_and_tried_until_it_works_though_nobody_w
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(schema, "_BUSY_S", 0.01)
-    monkeypatch.setattr(writer, "_PROBE_S", 0.01)
-    driven = Driven(tmp_path / "test.db")
+    driven = Driven(tmp_path / "test.db", probe_s=0.01)
     tried: SimpleQueue[str] = SimpleQueue()
     driven.start()
     driven.one(create("run"))
