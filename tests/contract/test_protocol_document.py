@@ -1,4 +1,4 @@
-"""What must show, 4: the OpenRPC document and docs/protocol.md come from the method table, and are not stale."""
+"""The OpenRPC document and docs/protocol.md come from the method table, and are not stale."""
 
 import asyncio
 import json

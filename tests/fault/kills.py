@@ -20,7 +20,7 @@ from tests.peer import Peer, Refused, peer
 
 RUNS, PRODUCERS = 4, 6
 RESENT = 40  # of the acknowledged batches, in each round
-READY_S = 1.0  # quality.md, section 2
+READY_S = 1.0  # after a kill
 
 
 @dataclass

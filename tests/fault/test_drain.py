@@ -1,4 +1,4 @@
-"""TERM: what is under way is finished, every peer is told, nothing acknowledged is lost (issue 2, item 7)."""
+"""TERM: what is under way is finished, every peer is told, nothing acknowledged is lost."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ from tests.rawpeer import RawPeer, raw_peer, raw_socket
 from tests.unit.storing import write_lock
 
 PRODUCERS, VIEWERS, RUNS = 16, 20, 4
-SOON_S = 1.0
+SOON_S = 3.0
 DRAINING = b'{"jsonrpc":"2.0","method":"server.draining","params":{"retry_after_ms":1000}}'
 
 

@@ -1,4 +1,4 @@
-"""`kill -9` in the middle of appends (issue 2, item 5): five rounds; 100 by `scripts/kill_rounds`."""
+"""`kill -9` in the middle of appends: five rounds; 100 by `scripts/kill_rounds`."""
 
 import copy
 import random

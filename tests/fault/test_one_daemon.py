@@ -1,4 +1,4 @@
-"""One daemon per state folder, in a race too; a taken port; a stale `endpoint.json` (issue 2, item 7)."""
+"""One daemon per state folder, in a race too; a taken port; a stale `endpoint.json`."""
 
 import json
 import socket

@@ -1,4 +1,4 @@
-"""After a restart all is as it was; what nobody attends is interrupted, and its owner goes on (issue 2, item 5)."""
+"""After a restart all is as it was; what nobody attends is interrupted, and its owner goes on."""
 
 import asyncio
 import json
@@ -14,6 +14,7 @@ from tests.conftest import StartDaemon
 from tests.daemon import Daemon
 from tests.fault.processes import call
 from tests.peer import Peer, Refused, peer, records
+from tests.trace import until_at_most
 from tests.unit.storing import write_lock
 
 GRACE_S = 0.4
@@ -194,10 +195,8 @@ async def test_a_run_whose_creator_went_before_it_was_stored_is_attended_by_nobo
                 await graceful.until("storage_waiting_commands", 1)
             with pytest.raises(ConnectionError):
                 await creating
-            while (await asyncio.to_thread(graceful.metrics))["connections"] > 2:
-                pass  # the host's, and the one that asks
-        while (await asyncio.to_thread(graceful.metrics))["storage_waiting_commands"]:
-            pass
+            await until_at_most(graceful, "connections", 2)  # the host's, and the one that asks
+        await until_at_most(graceful, "storage_waiting_commands", 0)
         run_id = keyed_run_id(CLIENT, "hasty")
         await watching(host, run_id)
         await ending(host)

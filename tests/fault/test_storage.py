@@ -1,4 +1,4 @@
-"""Damaged, full and failing storage, as the peers of a real daemon see it (quality.md, section 2)."""
+"""Damaged, full and failing storage, as the peers of a real daemon see it."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""What must show, 3: hostile frames over the socket (contract, section 4). What can be survived is, the rest is told.
+"""Hostile frames over the socket (contract, section 4). What can be survived is, the rest is told.
 
 The limits among them have their own file, `test_limits.py`; generated messages are in `tests/property`.
 """

@@ -1,4 +1,4 @@
-"""What must show, 3: each limit of section 3 on what is said, just below and just above, with its real default where
+"""Each limit of section 3 on what is said, just below and just above, with its real default where
 that is cheap. A refusal names the limit, and nothing of what was refused is kept. Limits on who says how much at once
 are in `test_limits_of_connections.py`.
 """

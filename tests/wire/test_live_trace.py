@@ -1,4 +1,4 @@
-"""What must show, 2: the live trace under load, over real sockets. What one stream promises: test_trace_streams."""
+"""The live trace under load, over real sockets. What one stream promises: test_trace_streams."""
 
 import asyncio
 import itertools

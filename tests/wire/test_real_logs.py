@@ -1,4 +1,4 @@
-"""What must show, 1: the logs of real agents, recorded, watched and read back (tests/data/agent-runs.json)."""
+"""The logs of real agents, recorded, watched and read back (tests/data/agent-runs.json)."""
 
 import asyncio
 import json

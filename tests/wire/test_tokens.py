@@ -1,4 +1,4 @@
-"""What must show, 6: token files, agent tokens, rotation, and no token in any log (contract, section 5)."""
+"""Token files, agent tokens, rotation, and no token in any log (contract, section 5)."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What must show, 6: the matrix Host x Origin x token x path, by raw HTTP over real sockets (contract, section 5).
+"""The matrix Host x Origin x token x path, by raw HTTP over real sockets (contract, section 5).
 
 What should be answered is written down here once more, in the contract's order: Host, then Origin, then the token.
 """
