@@ -283,11 +283,13 @@ async def test_what_breaks_the_protocol_closes_the_connection_with_its_code_and_
 
 
 async def test_after_all_that_is_hostile_the_daemon_serves_as_before(served: Daemon) -> None:
+    before = served.metrics()["protocol_violations"]
     async with raw_peer(served) as client:
         client.send(frame(TEXT, b"\xff"))
         assert (await client.frame()).code == 1007
     async with peer(served) as client_after:
         await alive(client_after)
+    assert served.metrics()["protocol_violations"] == before + 1
 
 
 async def test_a_message_in_fragments_is_one_message_and_a_ping_among_them_is_answered(served: Daemon) -> None:

@@ -101,3 +101,5 @@ async def test_a_burst_like_a_real_agents_is_taken_in_whole_and_in_order(daemon:
         for n in range(count):
             params = await viewer.next("runs.trace.event")
             assert (params["cursor"], params["record"]["event"]["n"]) == (n + 1, n)
+    figures = await asyncio.to_thread(daemon.metrics)
+    assert figures["events_recorded"] == figures["events_delivered"] == count
