@@ -7,18 +7,14 @@ costs nothing here.
 
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from carserver.config import Settings
 from carserver.core.counters import Counters
 from carserver.core.outbox import Outbox
 from carserver.core.ports import CallLater, Damaged, PageReader
 from carserver.core.runs import Entry
-from carserver.core.subscription import Mode, Piece, Subscription
+from carserver.core.subscription import Mode, Piece, Subscription, Topic
 from carserver.protocol.errors import RpcError
-
-if TYPE_CHECKING:
-    from carserver.core.hub import Topic
 
 
 class CatchUp:
@@ -103,7 +99,7 @@ class CatchUp:
             del self._lanes[outbox]
         return first
 
-    def _read_for(self, topic: "Topic", start: int, waiting: list[Subscription]) -> None:
+    def _read_for(self, topic: Topic, start: int, waiting: list[Subscription]) -> None:
         def done(page: list[Entry] | Exception) -> None:
             self._free_reads += 1
             if isinstance(page, RpcError) and not isinstance(page, Damaged):
@@ -117,7 +113,7 @@ class CatchUp:
         self._counters.catch_up_pages += 1
         self._pages.page(topic.known, start, topic.cursor, self._page_entries, self._page_bytes, done)
 
-    def _serve(self, topic: "Topic", start: int, page: list[Entry], waiting: list[Subscription]) -> None:
+    def _serve(self, topic: Topic, start: int, page: list[Entry], waiting: list[Subscription]) -> None:
         piece = Piece(start, [topic.frames.event(*entry) for entry in page])
         for subscription in waiting:
             if subscription.mode is not Mode.CATCHING_UP:
@@ -149,7 +145,7 @@ class CatchUp:
         self._counters.catch_up_retries += 1
         self._call_later(self._retry_s, try_again)
 
-    def _give_up(self, topic: "Topic", waiting: list[Subscription], error: Exception) -> None:
+    def _give_up(self, topic: Topic, waiting: list[Subscription], error: Exception) -> None:
         words = error.message if isinstance(error, RpcError) else "a defect of the daemon; its log has the details"
         frame = topic.frames.closed(words)
         for subscription in waiting:

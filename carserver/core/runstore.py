@@ -7,10 +7,11 @@ from carserver.config import Settings
 from carserver.core.attendance import Attendance, Attendant
 from carserver.core.commands import Cancel, Command, Interrupt
 from carserver.core.counters import Counters
-from carserver.core.hub import Hub, Topic
+from carserver.core.hub import Hub
 from carserver.core.ports import Committed, Place, RunLog, Scan
 from carserver.core.principals import HOST, Principal, visible
 from carserver.core.runs import Head, LiveRun
+from carserver.core.subscription import Topic
 from carserver.protocol.errors import RpcError
 from carserver.protocol.frames import notification
 from carserver.protocol.runs import ListRuns, RunCancelled

@@ -1,14 +1,16 @@
-"""One connection's place in one run's log: a number, `next`, and a mode. Rules 1 and 4 of the live trace."""
+"""A run as the loop knows it, and one connection's place in its log: a number, `next`, and a mode.
+
+Rules 1 and 4 of the live trace (contract, section 7).
+"""
 
 from collections.abc import Callable
 from enum import Enum, auto
-from typing import TYPE_CHECKING
 
 from carserver.core.counters import Counters
 from carserver.core.outbox import Framing, Outbox
-
-if TYPE_CHECKING:
-    from carserver.core.hub import Topic
+from carserver.core.runs import Head
+from carserver.protocol.codec import encode
+from carserver.protocol.trace import TraceFrames
 
 
 class Mode(Enum):
@@ -37,6 +39,79 @@ class Piece:
         if frames is None:
             frames = self._framed[framing] = b"".join(map(framing, self._payloads))
         return frames
+
+
+class Topic:
+    """One run as the loop knows it: its head, and who watches it."""
+
+    __slots__ = ("_ended", "_frames", "_head", "_snapshot", "pins", "run_id", "subscriptions", "waiting")
+
+    def __init__(self, run_id: str) -> None:
+        self.run_id = run_id
+        self.pins = 0  # subscriptions, and reads under way
+        self.subscriptions: dict[Subscription, None] = {}
+        self.waiting: dict[int, list[Subscription]] = {}  # by cursor: who needs the page that begins there
+        self._head: Head | None = None
+        self._snapshot: bytes | None = None
+        self._frames: TraceFrames | None = None
+        self._ended: Piece | None = None
+
+    @property
+    def head(self) -> Head | None:
+        """None until it was read; and for a run that does not exist."""
+        return self._head
+
+    @property
+    def known(self) -> Head:
+        """The head of a run that is known to exist."""
+        assert self._head is not None  # noqa: S101 - subscriptions and pages exist only for topics with a head
+        return self._head
+
+    @property
+    def cursor(self) -> int:
+        """How many events are committed."""
+        return self.known.cursor
+
+    @property
+    def over(self) -> bool:
+        """Whether the run has a final status or is interrupted."""
+        return not self.known.live
+
+    @property
+    def endings(self) -> int:
+        """How often the run came to be over."""
+        return self.known.endings
+
+    @property
+    def snapshot(self) -> bytes:
+        """The run as JSON, encoded once per change."""
+        if self._snapshot is None:
+            self._snapshot = encode(self.known.run)
+        return self._snapshot
+
+    @property
+    def frames(self) -> TraceFrames:
+        """The maker of this run's frames."""
+        if self._frames is None:
+            self._frames = TraceFrames(self.run_id, self.known.run.agent_id)
+        return self._frames
+
+    def update(self, head: Head) -> None:
+        """What was read or published: the greater wins."""
+        if self._head is None or head.revision > self._head.revision:
+            self._head = head
+            self._snapshot = None
+            self._ended = None
+
+    def started(self) -> bytes:
+        """The record that a stream from 0 begins with."""
+        return self.frames.started(self.known.run)
+
+    def ended(self) -> Piece:
+        """The record of the run being over, framed once for all."""
+        if self._ended is None:
+            self._ended = Piece(self.cursor, [self.frames.ended(self.known.run)])
+        return self._ended
 
 
 class Bounds:
@@ -69,7 +144,7 @@ class Subscription:
 
     def __init__(
         self,
-        topic: "Topic",
+        topic: Topic,
         outbox: Outbox,
         cursor: int,
         *,

@@ -18,7 +18,18 @@ class Reading:
         counters: `reading_pauses` counts the waits, not the turns.
     """
 
-    __slots__ = ("_counters", "_due", "_go_on", "_loop", "_must_wait", "_outbox", "_transport", "_waits", "paused")
+    __slots__ = (
+        "_counters",
+        "_due",
+        "_go_on",
+        "_loop",
+        "_must_wait",
+        "_outbox",
+        "_told_when_low",
+        "_transport",
+        "_waits",
+        "paused",
+    )
 
     def __init__(
         self,
@@ -36,6 +47,7 @@ class Reading:
         self._counters = counters
         self.paused = False
         self._waits = False  # paused until there is room, not for a turn
+        self._told_when_low = False  # the outbox will call
         self._due = False  # it is looked at in the next tick
 
     def give_turn(self) -> None:
@@ -49,8 +61,9 @@ class Reading:
         if not self._waits:
             self._waits = True
             self._counters.reading_pauses += 1
-            if self._outbox.size:
-                self._outbox.when_low(self._outbox_is_low)
+        if self._outbox.size and not self._told_when_low:  # it may have filled since the wait began
+            self._told_when_low = True
+            self._outbox.when_low(self._outbox_is_low)
 
     def changed(self) -> None:
         """A request was answered, or the connection closes: perhaps the peer need not wait any more."""
@@ -59,7 +72,7 @@ class Reading:
 
     def _outbox_is_low(self) -> None:
         # Waiting goes on where requests are still under way; each of them tells when it is answered.
-        self._waits = False
+        self._told_when_low = False
         self.changed()
 
     def _stop(self) -> None:

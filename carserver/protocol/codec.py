@@ -20,7 +20,9 @@ encode = _encoder.encode
 """A value as compact JSON bytes."""
 
 _PLACE = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>.*)`)?$", re.DOTALL)
-_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)  # the last may have no end: it is not sought again
+# The last may have no end: it is not sought again. Nothing is tried twice, so nothing of it is remembered: 16 MiB of
+# escapes would take a gigabyte.
+_STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _BETWEEN_TOKENS = re.compile(rb"[\n\r\t]")  # raw control characters cannot stand inside a JSON string
 
 

@@ -135,7 +135,7 @@ class Dispatcher:
             self._fail(session, id_, self._refusal(session, error, entry), to)
             return
         if type(result) is eager.Pending:
-            session.begin_request(entry)
+            session.begin_request(waits=entry.waits, pages=entry.pages)
             session.transport.spawn(self._finish(session, entry, id_, result, to))
             if entry.waits:
                 session.transport.give_turn()
@@ -173,7 +173,7 @@ class Dispatcher:
         else:
             self._answer(session, entry, id_, result, to)
         finally:
-            session.end_request(entry)
+            session.end_request(waits=entry.waits, pages=entry.pages)
 
     def _answer(self, session: Session, entry: Method, id_: bytes | None, result: Any, to: Receiver) -> None:
         then: Callback | None = None

@@ -1,7 +1,7 @@
 """A session: what the daemon knows of one peer while its connection lives. No transport is named here."""
 
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from msgspec import Struct
 
@@ -13,9 +13,6 @@ from carserver.core.runstore import Clock, RunStore
 from carserver.core.subscription import Subscription
 from carserver.protocol.closing import Close
 from carserver.protocol.server import ServerStatus
-
-if TYPE_CHECKING:
-    from carserver.rpc.method import Method
 
 Callback = Callable[[bool], None]
 """What is to happen once a reply is queued; it is told whether that says what the method answered."""
@@ -137,22 +134,22 @@ class Session:
         if then is not None:
             then(True)
 
-    def begin_request(self, entry: "Method") -> None:
-        """A request could not be answered at once."""
-        if entry.waits:
+    def begin_request(self, *, waits: bool, pages: bool) -> None:
+        """A request could not be answered at once: it waits on someone, or not; its answer may be a page, or not."""
+        if waits:
             self.waiting += 1
         else:
             self.in_flight += 1
-        if entry.pages:
+        if pages:
             self.outbox.reserved += self.services.settings.page_bytes
 
-    def end_request(self, entry: "Method") -> None:
+    def end_request(self, *, waits: bool, pages: bool) -> None:
         """It is answered, or given up."""
-        if entry.waits:
+        if waits:
             self.waiting -= 1
         else:
             self.in_flight -= 1
-        if entry.pages:
+        if pages:
             self.outbox.reserved -= self.services.settings.page_bytes
         self.transport.progressed()
 

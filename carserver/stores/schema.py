@@ -114,6 +114,8 @@ def open_reader(path: Path) -> sqlite3.Connection:
     uri = f"{path.absolute().as_uri()}?mode=ro"
     connection = sqlite3.connect(uri, uri=True, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA query_only = 1")
+    # A first read opens all of its files: later there may be no descriptors left for them.
+    connection.execute("SELECT count(*) FROM sqlite_schema").fetchall()
     return connection
 
 

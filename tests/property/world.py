@@ -13,13 +13,12 @@ from carserver.config import Settings
 from carserver.core.attendance import Attendant
 from carserver.core.commands import Command, Create, Record
 from carserver.core.counters import Counters
-from carserver.core.hub import Topic
 from carserver.core.outbox import Outbox
 from carserver.core.ports import Committed, Damaged, PageDone, Place, Scan
 from carserver.core.principals import CLIENT
 from carserver.core.runs import Entry, Event, Head
 from carserver.core.runstore import RunStore
-from carserver.core.subscription import Mode, Subscription
+from carserver.core.subscription import Mode, Subscription, Topic
 from carserver.protocol.errors import RpcError, unavailable
 from carserver.protocol.runs import STATUSES, ListRuns, Snapshot, Status
 
