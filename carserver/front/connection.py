@@ -167,14 +167,14 @@ class Connection(asyncio.Protocol):
             return
         receive, reading, reader, outbox = self._front.dispatcher.receive, self._reading, self._reader, self.outbox
         self._dirty = True  # it is flushed at the end of this, so nobody needs to be told
-        turn = self._settings.turn_messages
+        turn, in_flight = self._settings.turn_messages, self._settings.in_flight
         try:
             while not reading.paused:
                 turn -= 1
                 if turn < 0:
                     reading.give_turn()
                     break
-                if (session.in_flight or outbox.size) and self._must_wait():
+                if (session.in_flight >= in_flight or outbox.full) and self._must_wait():
                     reading.wait()
                     break
                 message = reader.next()

@@ -52,6 +52,7 @@ class Dispatcher:
 
     def __init__(self, table: Table, services: Services) -> None:
         self._table = table
+        self._native = table.native
         self._daemon = services.daemon
         self._counters = services.counters
         self._settings = services.settings
@@ -144,7 +145,7 @@ class Dispatcher:
 
     def _find(self, session: Session, name: str) -> Method:
         """The method, if this session may call it now."""
-        entry = self._table.find(name, session.dialect)
+        entry = self._table.find(name, session.dialect) if session.dialect else self._native.get(name)
         principal = session.principal
         if principal is None and (entry is None or entry.role != "anyone"):
             raise RpcError(ErrorKind.AUTH_REQUIRED, "not authenticated: session.auth comes first")

@@ -253,7 +253,7 @@ class Table:
             if key in self._methods:
                 raise TypeError(f"method {entry.name!r} is declared twice")
             self._methods[key] = entry
-        self._native = {entry.name: entry for entry in self._methods.values() if not entry.dialect}
+        self.native = {entry.name: entry for entry in self._methods.values() if not entry.dialect}
 
     @classmethod
     def of(cls, modules: Iterable[ModuleType]) -> "Table":
@@ -276,7 +276,7 @@ class Table:
 
     def find(self, name: str, dialect: str) -> Method | None:
         """The dialect's own, else the native one."""
-        native = self._native.get(name)
+        native = self.native.get(name)
         return self._methods.get((name, dialect), native) if dialect else native
 
     def all(self) -> Mapping[tuple[str, str], Method]:
