@@ -48,7 +48,7 @@ DATABASE = "carserver.db"
 _OTHER_DESCRIPTORS = 64  # files, pipes and what libraries open
 _POLL_S = 0.02  # between two looks at what the drain waits for
 _GC_THRESHOLDS = (50_000, 20, 50)  # a large message makes that many objects, none of them garbage
-_LAST_S = 0.5  # for storage to close, however long the drain took
+_LAST_SHARE = 1 / 8  # of the drain's time: for storage to close, when peers that do not read took all the rest
 _HEARTBEAT_S = 0.25  # between two looks at how late the loop is
 
 
@@ -272,9 +272,10 @@ class Daemon:
         # Half of the time is for the requests, the other half for the peers to take their answers.
         await self._until(lambda: not self.front.in_flight(), deadline - self._settings.drain_s / 2)
         self.front.close_all()
-        await self._until(lambda: not self.front.connections, deadline)
+        last_s = self._settings.drain_s * _LAST_SHARE
+        await self._until(lambda: not self.front.connections, deadline - last_s)
         self.front.abort_all()
-        if not await self.store.close(max(deadline - self.clock.monotonic(), _LAST_S)):
+        if not await self.store.close(max(deadline - self.clock.monotonic(), last_s)):
             log.error("storage did not come to an end within drain_s: exiting without it; nothing acknowledged is lost")
             folder.remove_endpoint()
             os._exit(self._exit_code or 1)

@@ -61,7 +61,7 @@ async def drained(reader: Peer) -> tuple[int | None, int]:
 async def test_under_load_every_reading_peer_is_told_the_daemon_ends_in_time_and_nothing_acknowledged_is_lost(
     start: StartDaemon,
 ) -> None:
-    drain_s = 3.0
+    drain_s = 4.0
     daemon = start(drain_s=drain_s)
     acknowledgements = asyncio.Semaphore(0)
     async with contextlib.AsyncExitStack() as stack:
@@ -90,7 +90,8 @@ async def test_under_load_every_reading_peer_is_told_the_daemon_ends_in_time_and
     refusals = [refusal for producer in producers for refusal in producer.refusals]
     print(f"exit after {elapsed:.2f} s of {drain_s:g}: {acknowledged} events acknowledged, {len(refusals)} refusals")
     assert code == 0, daemon.log
-    assert drain_s - 0.5 < elapsed < drain_s + 2  # not before: it waited for the stalled one
+    assert drain_s / 2 < elapsed, "it waited for the stalled one"
+    assert elapsed < drain_s
     assert ends == [(1012, 1)] * (PRODUCERS + VIEWERS)
     assert {(refusal.type, refusal.data["outcome"]) for refusal in refusals} <= {("unavailable", "not_done")}
     assert "Traceback" not in daemon.log
