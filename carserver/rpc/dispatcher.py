@@ -166,7 +166,7 @@ class Dispatcher:
     ) -> None:
         """The rest of a method that waits."""
         try:
-            result = await pending.rest
+            result = await pending.rest()
         except BaseException as error:
             if session.closed:
                 raise  # it is cancelled with its connection

@@ -12,9 +12,9 @@ T = TypeVar("T")
 
 
 class Pending(NamedTuple):
-    """A coroutine that waits: awaiting `rest` gives its result."""
+    """Work that waits: awaiting what `rest` makes gives its result. It is made when it is awaited, not before."""
 
-    rest: Awaitable[Any]
+    rest: Callable[[], Awaitable[Any]]
 
 
 def start(work: Coroutine[Any, Any, T]) -> T | Pending:
@@ -24,7 +24,7 @@ def start(work: Coroutine[Any, Any, T]) -> T | Pending:
     except StopIteration as stop:
         result: T = stop.value
         return result
-    return Pending(_go_on(work, awaited))
+    return Pending(lambda: _go_on(work, awaited))
 
 
 @coroutine

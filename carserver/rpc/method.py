@@ -93,10 +93,11 @@ class Method:
         for name in self.names:
             if (value := getattr(arguments, name)) is not None:
                 codec.check_name(value, session.services.settings.name_chars, name)
-        result = self.call(session) if self.params is None else self.call(session, arguments)
-        if not self.is_async:
-            return result
-        return eager.Pending(result) if self.waits else eager.start(result)
+        given = (session,) if self.params is None else (session, arguments)
+        if self.waits and self.is_async:
+            return eager.Pending(lambda: self.call(*given))
+        result = self.call(*given)
+        return eager.start(result) if self.is_async else result
 
     def short_arguments(self, params: Raw) -> Any:
         """The params, typed, of a request that has none but declared ones.

@@ -55,7 +55,7 @@ def going_on(work: eager.Pending) -> "asyncio.Task[Any]":
     """A task that awaits the rest."""
 
     async def rest() -> Any:
-        return await work.rest
+        return await work.rest()
 
     return asyncio.create_task(rest())
 
@@ -224,7 +224,7 @@ async def test_one_that_is_closed_while_it_waits_runs_its_finally_blocks_at_once
     work = pending(coroutine)
 
     async def rest() -> None:
-        await work.rest
+        await work.rest()
 
     going = rest()
     going.send(None)
