@@ -81,7 +81,8 @@ class Method:
     names: tuple[str, ...] = ()  # the params that are names: their length and characters are bounded by a setting
     fields: tuple[str, ...] | None = None  # of a Struct, for params given by place
     is_async: bool = False
-    strict: "msgspec.json.Decoder[Any]" = field(default=_NOTHING, repr=False)  # see `short_arguments`
+    strict: "msgspec.json.Decoder[Any]" = field(default=_NOTHING, repr=False)  # takes none but declared members
+    exact: "msgspec.json.Decoder[Any] | None" = field(default=None, repr=False)  # gives `params` itself
     decoder: "msgspec.json.Decoder[Any] | None" = field(default=None, repr=False)  # where params keep bytes
 
     def run(self, session: Any, arguments: Any) -> Any:
@@ -105,7 +106,8 @@ class Method:
         Raises:
             DecodeError, UnicodeDecodeError: they are to be looked at more closely, by `arguments`.
         """
-        return self.strict.decode(params)
+        self.strict.decode(params)  # of a type of its own, which must not get out: Structs of two types are never equal
+        return None if self.exact is None else self.exact.decode(params)
 
     def arguments(self, parsed: Params, message: bytes | Raw) -> Any:
         """The params, typed; None where it takes none.
@@ -194,6 +196,7 @@ def method(
             while_draining=while_draining,
             example=example,
             strict=_NOTHING if params is None else _strict_decoder(params) if is_struct else _NEVER,
+            exact=msgspec.json.Decoder(params) if is_struct else None,
             is_async=inspect.iscoroutinefunction(function),
             fields=_field_names(params) if is_struct else None if params is not None else (),
             decoder=msgspec.json.Decoder(params) if is_struct and _keeps_bytes(params) else None,

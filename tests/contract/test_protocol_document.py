@@ -29,3 +29,16 @@ async def test_discover_validates_against_openrpcs_own_schema_and_is_the_same_ov
 @pytest.mark.parametrize("entry", [pytest.param(entry, id=entry.name) for entry in table().all().values()])
 def test_every_method_that_takes_params_has_an_example_with_params(entry: Method) -> None:
     assert (entry.params is not None) == (entry.example.params is not msgspec.UNSET)
+
+
+@pytest.mark.parametrize("entry", [pytest.param(entry, id=entry.name) for entry in table().all().values()])
+def test_what_a_method_gets_of_a_short_request_is_of_its_declared_type_and_the_same(entry: Method) -> None:
+    params = {} if entry.example.params is msgspec.UNSET else entry.example.params
+    try:
+        short = entry.short_arguments(msgspec.Raw(json.dumps(params).encode()))
+    except msgspec.DecodeError:
+        assert entry.decoder is not None, "only what keeps bytes has no short way"
+        return
+    long = entry.arguments(params, b"")
+    assert type(short) is type(long)
+    assert short == long
