@@ -17,21 +17,7 @@ from carserver.stores.folder import FolderHeld, StateFolder
 from tests.unit.fakedaemon import FakeDaemon, Session, Unanswered
 
 Captured = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(autouse=True)
-def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StateFolder:
-    """A state folder of the test's own, found by its variable; no other variable is set."""
-    for variable in (
-        "CARSERVER_URL",
-        "CAR_DAEMON_URL",
-        "CAR_AUTH_TOKEN",
-        "CARSERVER_AUTH_TOKEN",
-        "CARSERVER_HOST_TOKEN",
-    ):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("CARSERVER_STATE_DIR", str(tmp_path / "state"))
-    return StateFolder(tmp_path / "state")
+pytestmark = pytest.mark.usefixtures("state")
 
 
 def one_line(capsys: Captured) -> str:

@@ -2,7 +2,6 @@
 
 import functools
 import json
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,21 +16,8 @@ from carserver.stores.folder import StateFolder
 from tests.unit.fakedaemon import FakeDaemon, Session, snapshot, trace_ended, trace_event, trace_started
 
 Captured = pytest.CaptureFixture[str]
+pytestmark = pytest.mark.usefixtures("state")
 HOSTILE = "[red]x[/]\x1b]0;title\x07\u202e\nsecond"
-
-
-@pytest.fixture(autouse=True)
-def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StateFolder:
-    for variable in (
-        "CARSERVER_URL",
-        "CAR_DAEMON_URL",
-        "CAR_AUTH_TOKEN",
-        "CARSERVER_AUTH_TOKEN",
-        "CARSERVER_HOST_TOKEN",
-    ):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("CARSERVER_STATE_DIR", str(tmp_path / "state"))
-    return StateFolder(tmp_path / "state")
 
 
 @pytest.fixture
