@@ -66,18 +66,22 @@ async def congest(daemon: Daemon, client: RawPeer) -> None:
 async def test_a_peer_that_reads_slowly_but_steadily_is_neither_aborted_nor_closed_for_want_of_a_pong(
     start: StartDaemon,
 ) -> None:
-    daemon = congesting(start, write_s=0.8, ping_s=PING_S, pong_s=PING_S, wrong_token_s=TICK_S)
+    mark = 3 * SIZE // 4
+    timing = {"write_s": 0.8, "ping_s": PING_S, "pong_s": 2 * PING_S, "wrong_token_s": TICK_S}
+    daemon = congesting(start, high_water_bytes=mark, **timing)
     async with raw_peer(daemon, receive_buffer=SMALL) as client, peer(daemon) as metronome:
         await congest(daemon, client)
-        ticks = 0
-        while (figures := daemon.metrics())["outbox_bytes"]:
+        slow_ticks = 0
+        while slow_ticks * TICK_S < 3 * 0.8:  # longer than any write may wait, and than several pings
+            figures = daemon.metrics()
             assert (figures["write_timeouts"], figures["ping_timeouts"]) == (0, 0)
-            # Most of it soon, so that what waits falls below the mark in time, and the rest very slowly.
-            await client.reader.readexactly(48 * KIB if figures["outbox_bytes"] > HIGH_WATER else 1_600)
+            assert figures["outbox_bytes"], "there was something left for it to read all the time"
+            # Soon until what waits has fallen below the mark, and then very slowly; the kernel takes it 6 KiB at a
+            # time, which must be several times within `pong_s`.
+            slow = figures["outbox_bytes"] < mark
+            await client.reader.readexactly(2_400 if slow else 16 * KIB)
+            slow_ticks += slow
             await tick(metronome)
-            ticks += 1
-        assert ticks * TICK_S > 2 * 0.8, "it took longer than any write may wait"
-        assert ticks * TICK_S > 3 * PING_S
         assert (await metronome.call("server.status"))["counts"]["connections"] == 2
         figures = daemon.metrics()
         assert (figures["write_timeouts"], figures["ping_timeouts"]) == (0, 0)
