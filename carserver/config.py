@@ -29,6 +29,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     # Where it listens, and for whom.
     host: str = "127.0.0.1"
     port: Port = 9100  # 0 picks a free one
+    unix: str = ""  # path of a Unix socket to listen on, too; empty: none
+    stdio: bool = False  # the parent process is a peer, the host: a frame a line on standard input and output
     state_dir: str = ""  # empty: $XDG_STATE_HOME/carserver
     durability: Durability = "full"
     auth: bool = True  # false is --no-auth: everyone is host; loopback only
@@ -111,6 +113,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     wal_bytes: Bytes = 16 * MIB  # written, about, between two checkpoints
     read_threads: Count = 2
     probe_s: Seconds = 1.0  # how often storage that failed is tried when nobody writes
+    sweep_events: Count = 2_000  # of deleted runs, removed in one transaction
+    sweep_pages: Count = 2_000  # of the file, given back in one transaction
+    sweep_pause_s: Seconds = 0.05  # between two of these, so that what is recorded meanwhile does not wait
     retry_after_ms: Count = 1_000  # told to a peer that is asked to come back
 
     # The end.

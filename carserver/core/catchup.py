@@ -15,6 +15,7 @@ from carserver.core.ports import CallLater, Damaged, PageReader
 from carserver.core.runs import Entry
 from carserver.core.subscription import Mode, Piece, Subscription, Topic
 from carserver.protocol.errors import RpcError
+from carserver.protocol.trace import closed_frame
 
 
 class CatchUp:
@@ -147,7 +148,7 @@ class CatchUp:
 
     def _give_up(self, topic: Topic, waiting: list[Subscription], error: Exception) -> None:
         words = error.message if isinstance(error, RpcError) else "a defect of the daemon; its log has the details"
-        frame = topic.frames.closed(words)
+        frame = closed_frame(topic.run_id, words)
         for subscription in waiting:
             if subscription.mode is Mode.CATCHING_UP:
                 self._counters.subscriptions_closed += 1

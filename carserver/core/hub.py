@@ -14,6 +14,7 @@ from carserver.core.outbox import Outbox
 from carserver.core.ports import CallLater, PageReader
 from carserver.core.runs import Entry, Head
 from carserver.core.subscription import Bounds, Mode, Piece, Subscription, Topic
+from carserver.protocol.trace import closed_frame
 
 
 class Burst:
@@ -90,7 +91,7 @@ class Hub:
     def unpin(self, topic: Topic) -> None:
         """One reason less to keep it."""
         topic.pins -= 1
-        if topic.pins == 0:
+        if topic.pins == 0 and not topic.closed:
             del self._pinned[topic.run_id]
             if topic.head is not None:
                 self._keep(topic, topic.head)
@@ -111,6 +112,22 @@ class Hub:
         for burst in bursts.values():
             burst.offer()
             burst.offer_ending()  # for those whose head was ahead of this commit until now
+
+    def close(self, run_id: str, reason: str) -> None:
+        """The run is no more: its viewers are told, and who holds its topic finds it closed."""
+        self._idle.pop(run_id)
+        topic = self._pinned.pop(run_id, None)
+        if topic is None:
+            return
+        topic.closed = reason
+        for subscription in list(topic.subscriptions):
+            if subscription.mode is not Mode.PENDING:
+                self._tell_closed(subscription, reason)
+
+    def _tell_closed(self, subscription: Subscription, reason: str) -> None:
+        self._counters.subscriptions_closed += 1
+        self.drop(subscription)
+        subscription.outbox.send(closed_frame(subscription.topic.run_id, reason))
 
     def _published(self, head: Head) -> Topic:
         run_id = head.run.id
@@ -146,7 +163,11 @@ class Hub:
 
     def activate(self, subscription: Subscription) -> None:
         """Its reply is queued: the stream begins."""
-        if subscription.mode is Mode.PENDING:
+        if subscription.mode is not Mode.PENDING:
+            return
+        if subscription.topic.closed:
+            self._tell_closed(subscription, subscription.topic.closed)
+        else:
             subscription.mode = Mode.CATCHING_UP
             self._catch_up.want(subscription)
 

@@ -5,17 +5,26 @@ from typing import Any, NamedTuple, Protocol
 
 from carserver.core.attendance import Attendant
 from carserver.core.commands import Applied, Command
+from carserver.core.edits import Edit, Edited
 from carserver.core.runs import Entry, Head
 from carserver.protocol.errors import ErrorKind, RpcError
 from carserver.protocol.runs import ListRuns
 
 
 class Committed(NamedTuple):
-    """A command that is durable now; `by` is what it was submitted with."""
+    """A command that is durable now; `by` is what it was submitted with, `before` the run's head before."""
 
     command: Command
     applied: Applied
     by: Attendant | None
+    before: Head | None = None
+
+
+class Done(NamedTuple):
+    """An edit that is durable now."""
+
+    edit: Edit
+    edited: Edited
 
 
 class Scan(NamedTuple):
@@ -65,6 +74,10 @@ class RunLog(PageReader, Protocol):
         Raises:
             RpcError: the command's refusal; unavailable, overloaded, deadline_exceeded.
         """
+        ...
+
+    async def edit(self, edit: Edit) -> Any:
+        """The edit's answer, once it is durable; it raises as `submit` does."""
         ...
 
     async def head(self, run_id: str) -> Head | None:

@@ -59,7 +59,8 @@ class Head(Struct, frozen=True, kw_only=True):
     """All that is known of a run but its log.
 
     `no` is the storage's number of the run (0 before it is stored). `revision` counts changes, `endings` the times
-    that the run came to be over, `last_at_ms` is the time of its newest event (its creation, before the first).
+    that the run came to be over, `last_at_ms` is the time of its newest event (its creation, before the first),
+    `log_bytes` what its events take.
     """
 
     no: int
@@ -68,6 +69,7 @@ class Head(Struct, frozen=True, kw_only=True):
     revision: int
     endings: int
     last_at_ms: int
+    log_bytes: int = 0
     key_digest: bytes | None = None
 
     @property
@@ -131,7 +133,8 @@ def advance(head: Head, events: Sequence[Event], now_ms: int, at_ms: Sequence[in
         event_count=run.event_count + len(entries),
         updated_at_ms=now,
     )
-    return Advance(_changed(head, after, reopened=reopened, last_at_ms=last), entries)
+    log_bytes = head.log_bytes + sum(len(event.raw) for event in events)
+    return Advance(_changed(head, after, reopened=reopened, last_at_ms=last, log_bytes=log_bytes), entries)
 
 
 class _State:
@@ -201,7 +204,14 @@ def _later(head: Head, now_ms: int) -> int:
     return max(now_ms, head.run.updated_at_ms)
 
 
-def _changed(head: Head, run: Snapshot, *, reopened: bool = False, last_at_ms: int | None = None) -> Head:
+def _changed(
+    head: Head,
+    run: Snapshot,
+    *,
+    reopened: bool = False,
+    last_at_ms: int | None = None,
+    log_bytes: int | None = None,
+) -> Head:
     """The next head: counts the change, and an ending where the run came to be over (again)."""
     over = run.status not in LIVE
     ended = over and (reopened or run.status is not head.run.status)
@@ -213,4 +223,5 @@ def _changed(head: Head, run: Snapshot, *, reopened: bool = False, last_at_ms: i
         revision=head.revision + 1,
         endings=head.endings + ended,
         last_at_ms=head.last_at_ms if last_at_ms is None else last_at_ms,
+        log_bytes=head.log_bytes if log_bytes is None else log_bytes,
     )

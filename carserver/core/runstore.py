@@ -7,14 +7,17 @@ from carserver.config import Settings
 from carserver.core.attendance import Attendance, Attendant
 from carserver.core.commands import Cancel, Command, Interrupt
 from carserver.core.counters import Counters
+from carserver.core.edits import Edit, Edited
 from carserver.core.hub import Hub
-from carserver.core.ports import Committed, Place, RunLog, Scan
+from carserver.core.ports import Committed, Damaged, Done, Place, RunLog, Scan
 from carserver.core.principals import HOST, Principal, visible
 from carserver.core.runs import Head, LiveRun
 from carserver.core.subscription import Topic
-from carserver.protocol.errors import RpcError
+from carserver.protocol.errors import RpcError, not_found
 from carserver.protocol.frames import notification
 from carserver.protocol.runs import ListRuns, RunCancelled
+
+DELETED = "the run was deleted"
 
 
 class Clock(Protocol):
@@ -70,22 +73,50 @@ class RunStore:
         finally:
             self.attendance.arrived(command.run_id)
 
-    def committed(self, changes: Sequence[Committed]) -> None:
+    async def edit(self, edit: Edit) -> Any:
+        """The edit's answer, once it is durable and published.
+
+        Raises:
+            RpcError: as the edit says; deadline_exceeded, overloaded, unavailable.
+        """
+        return await self._log.edit(edit)
+
+    def committed(self, changes: Sequence[Committed | Done]) -> None:
         """What one commit made, before any of it is acknowledged; called on the loop, in the log's order."""
+        commands: list[Committed] = []
+        for change in changes:
+            if isinstance(change, Committed):
+                commands.append(change)
+            else:
+                self._changed(commands)
+                commands = []
+                self._edited(change.edited)
+        self._changed(commands)
+
+    def _changed(self, changes: Sequence[Committed]) -> None:
         try:
             self.hub.publish((change.applied.head, change.applied.entries, change.applied.ended) for change in changes)
         finally:
-            self._attend(changes)
+            for change in changes:
+                self._attend(change)
 
-    def _attend(self, changes: Sequence[Committed]) -> None:
-        for command, applied, by in changes:
-            self._counters.events_recorded += len(applied.entries)
-            if applied.ended and isinstance(command, Cancel):
-                self._tell_cancelled(command)
-            if applied.ended and isinstance(command, Interrupt):
-                self._counters.runs_interrupted += 1
-            attends = by if command.attends and by is not None and not by.closed else None
-            self.attendance.changed(applied.head, attends)
+    def _attend(self, change: Committed) -> None:
+        command, applied, by, _ = change
+        self._counters.events_recorded += len(applied.entries)
+        if applied.ended and isinstance(command, Cancel):
+            self._tell_cancelled(command)
+        if applied.ended and isinstance(command, Interrupt):
+            self._counters.runs_interrupted += 1
+        attends = by if command.attends and by is not None and not by.closed else None
+        self.attendance.changed(applied.head, attends)
+
+    def _edited(self, edited: Edited) -> None:
+        for head in edited.appeared:
+            self.hub.publish([(head, (), False)])
+            self.attendance.changed(head, None)
+        for head in edited.deleted:
+            self._counters.runs_deleted += 1
+            self.hub.close(head.run.id, DELETED)
 
     async def topic(self, run_id: str, principal: Principal) -> Topic:
         """A run that `principal` may see, as the loop knows it.
@@ -102,12 +133,18 @@ class RunStore:
                     topic.update(head)
             finally:
                 self.hub.unpin(topic)
-        visible(topic.head, principal, "run", run_id)
+        visible(None if topic.closed else topic.head, principal, "run", run_id)
         return topic
 
     async def scan(self, head: Head, after: int, limit: int, types: Sequence[str] | None) -> Scan:
         """Entries of a log from the cursor `after`, never past `head`."""
-        return await self._log.scan(head, after, head.cursor, limit, types)
+        try:
+            return await self._log.scan(head, after, head.cursor, limit, types)
+        except Damaged:
+            now = await self._log.head(head.run.id)
+            if now is None or now.no != head.no:
+                raise not_found("run", head.run.id) from None  # it was deleted meanwhile, and its log with it
+            raise
 
     async def list(self, principal: Principal, filters: ListRuns, after: Place | None, limit: int) -> list[Head]:
         """Runs that `principal` may see, newest first."""

@@ -44,11 +44,12 @@ class Piece:
 class Topic:
     """One run as the loop knows it: its head, and who watches it."""
 
-    __slots__ = ("_ended", "_frames", "_head", "_snapshot", "pins", "run_id", "subscriptions", "waiting")
+    __slots__ = ("_ended", "_frames", "_head", "_snapshot", "closed", "pins", "run_id", "subscriptions", "waiting")
 
     def __init__(self, run_id: str) -> None:
         self.run_id = run_id
         self.pins = 0  # subscriptions, and reads under way
+        self.closed = ""  # why, where the run is no more; another one of the same id has another topic
         self.subscriptions: dict[Subscription, None] = {}
         self.waiting: dict[int, list[Subscription]] = {}  # by cursor: who needs the page that begins there
         self._head: Head | None = None

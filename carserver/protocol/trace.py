@@ -77,10 +77,6 @@ class TraceFrames:
         )
         return self._frame(record, run.event_count, run.status)
 
-    def closed(self, reason: str) -> bytes:
-        """The last word of a stream that cannot go on."""
-        return notification("runs.trace.closed", TraceClosed(run_id=self._run_id, reason=reason))
-
     def _frame(self, record: StartedRecord | EndedRecord, cursor: int, status: Status) -> bytes:
         params = TraceEvent(
             run_id=self._run_id,
@@ -91,6 +87,11 @@ class TraceFrames:
             run_status=status,
         )
         return notification("runs.trace.event", params)
+
+
+def closed_frame(run_id: str, reason: str) -> bytes:
+    """The last word of a stream that cannot go on."""
+    return notification("runs.trace.closed", TraceClosed(run_id=run_id, reason=reason))
 
 
 def rfc3339(timestamp_ms: int) -> str:

@@ -69,7 +69,8 @@ class Readers:
 
 
 def _unreadable(error: sqlite3.Error) -> RpcError:
-    if error.sqlite_errorcode in _DAMAGED:
+    # Without a code it is the module's own: a text that is no UTF-8 any more.
+    if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) in _DAMAGED:
         log.error("the database is damaged: %s; restore a backup of it", error)
         return Damaged(f"storage is damaged: {error}")
     return unavailable(f"storage cannot be read: {error}")

@@ -13,14 +13,15 @@ from carserver.core.commands import Batch
 from carserver.core.ports import Damaged, Place, Scan
 from carserver.core.runs import Entry, Head, LiveRun
 from carserver.protocol.runs import LIVE, STATUSES, ListRuns, Recorded, Snapshot
-from carserver.stores.schema import SEQUENCE_BITS
+from carserver.stores.schema import SEQUENCE_BITS, row_checksum
 
-_HEAD_COLUMNS = """
-    no, owner, revision, endings, last_at_ms, key_digest,
-    id, session_id, agent_id, status, prompt, created_at_ms, updated_at_ms, result_text, error, cancel_reason,
-    interrupted_reason, event_count, parent_run_id, metadata, ended_at_ms, outcome_description, epoch
-"""
-_HEADS = f"SELECT {_HEAD_COLUMNS} FROM runs JOIN texts USING (no)"  # noqa: S608 - constants
+RUN_COLUMNS = (
+    "no, id, owner, session_id, agent_id, parent_run_id, epoch, key_digest, created_at_ms,"
+    " status, event_count, updated_at_ms, ended_at_ms, last_at_ms, revision, endings, log_bytes"
+)
+_RUN_VALUES = len(RUN_COLUMNS.split(","))
+TEXTS = ("prompt", "outcome_description", "metadata", "result_text", "error", "cancel_reason", "interrupted_reason")
+_HEADS = f"SELECT {RUN_COLUMNS}, runs.checksum, {', '.join(TEXTS)}, texts.checksum FROM runs JOIN texts USING (no)"  # noqa: S608 - constants
 _LIVE_CODES = ", ".join(str(STATUSES.index(status)) for status in sorted(LIVE))
 _checksummed = struct.Struct("<qqB").pack
 
@@ -42,10 +43,53 @@ def checksum(key: int, at_ms: int, status: int, event: bytes) -> int:
     return zlib.crc32(event, zlib.crc32(_checksummed(key, at_ms, status)))
 
 
+def run_row(head: Head) -> tuple[Any, ...]:
+    """A head as a row of `runs`: the values of `RUN_COLUMNS`, and their checksum."""
+    run = head.run
+    values = (
+        head.no,
+        run.id,
+        head.owner,
+        run.session_id,
+        run.agent_id,
+        run.parent_run_id,
+        run.epoch,
+        head.key_digest,
+        run.created_at_ms,
+        STATUSES.index(run.status),
+        run.event_count,
+        run.updated_at_ms,
+        run.ended_at_ms,
+        head.last_at_ms,
+        head.revision,
+        head.endings,
+        head.log_bytes,
+    )
+    return (*values, row_checksum(*values))
+
+
+def texts_row(head: Head) -> tuple[Any, ...]:
+    """A head as a row of `texts`, with its checksum."""
+    run = head.run
+    values = (
+        head.no,
+        *(bytes(run.metadata) if name == "metadata" and run.metadata else getattr(run, name) for name in TEXTS),
+    )
+    return (*values, row_checksum(*values))
+
+
 def head_of(row: Sequence[Any]) -> Head:
-    """A row of `_HEADS`."""
-    no, owner, revision, endings, last_at_ms, key_digest, id_, session_id, agent_id, status, prompt, *rest = row
-    created, updated, result, error, cancel, interrupted, count, parent, metadata, ended, outcome, epoch = rest
+    """A row of `_HEADS`.
+
+    Raises:
+        Damaged: it is not what was stored.
+    """
+    values, (stored, *texts, stored_of_texts) = row[:_RUN_VALUES], row[_RUN_VALUES:]
+    no, id_, owner, session_id, agent_id, parent, epoch, key_digest, created, status, *rest = values
+    if row_checksum(*values) != stored or row_checksum(no, *texts) != stored_of_texts:
+        raise Damaged(f"run {id_!r} is stored under number {no!r}, and its row is damaged")
+    count, updated, ended, last_at_ms, revision, endings, log_bytes = rest
+    prompt, outcome, metadata, result, error, cancel, interrupted = texts
     run = Snapshot(
         id=id_,
         session_id=session_id,
@@ -72,6 +116,7 @@ def head_of(row: Sequence[Any]) -> Head:
         revision=revision,
         endings=endings,
         last_at_ms=last_at_ms,
+        log_bytes=log_bytes,
         key_digest=key_digest,
     )
 
@@ -79,17 +124,26 @@ def head_of(row: Sequence[Any]) -> Head:
 def read_head(connection: sqlite3.Connection, run_id: str) -> Head | None:
     """The head of a run; None if there is none."""
     row = connection.execute(f"{_HEADS} WHERE id = ?", (run_id,)).fetchone()
-    return None if row is None else head_of(row)
+    if row is None:
+        return None
+    head = head_of(row)
+    if head.run.id != run_id:
+        raise Damaged(f"the index of run ids is damaged: {run_id!r} leads to {head.run.id!r}")
+    return head
 
 
 def read_batch(connection: sqlite3.Connection, head: Head, batch_id: str) -> Batch | None:
     """What is kept of a batch of a run."""
     row = connection.execute(
-        "SELECT digest, first_sequence, count, status FROM batches WHERE no = ? AND batch_id = ?", (head.no, batch_id)
+        "SELECT no, batch_id, digest, first_sequence, count, status, checksum FROM batches"
+        " WHERE no = ? AND batch_id = ?",
+        (head.no, batch_id),
     ).fetchone()
     if row is None:
         return None
-    digest, first, count, status = row
+    if row_checksum(*row[:-1]) != row[-1]:
+        raise Damaged(f"what is kept of batch {batch_id!r} of run {head.run.id!r} is damaged")
+    _, _, digest, first, count, status, _ = row
     answer = Recorded(
         run_id=head.run.id, first_sequence=first, count=count, cursor=first + count, status=STATUSES[status]
     )

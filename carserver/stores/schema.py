@@ -6,7 +6,11 @@ one range of one tree. What changes with every append is small and apart from th
 
 import contextlib
 import sqlite3
+import zlib
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 SEQUENCE_BITS = 24
 """A run's events have the keys `no << SEQUENCE_BITS` and on: room for the 1,000,000 of the contract and for more."""
@@ -68,6 +72,25 @@ _MIGRATIONS = (
         PRIMARY KEY (no, batch_id)
     ) WITHOUT ROWID;
     """,
+    """
+    ALTER TABLE runs ADD COLUMN log_bytes INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE runs ADD COLUMN checksum INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE texts ADD COLUMN checksum INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE batches ADD COLUMN checksum INTEGER NOT NULL DEFAULT 0;
+    UPDATE runs SET log_bytes = (
+        SELECT coalesce(sum(length(event)), 0) FROM events WHERE place >= no << 24 AND place < (no + 1) << 24
+    );
+    UPDATE runs SET checksum = row_checksum(
+        no, id, owner, session_id, agent_id, parent_run_id, epoch, key_digest, created_at_ms, status, event_count,
+        updated_at_ms, ended_at_ms, last_at_ms, revision, endings, log_bytes
+    );
+    UPDATE texts SET checksum = row_checksum(
+        no, prompt, outcome_description, metadata, result_text, error, cancel_reason, interrupted_reason
+    );
+    UPDATE batches SET checksum = row_checksum(no, batch_id, digest, first_sequence, count, status);
+    CREATE INDEX runs_by_end ON runs (ended_at_ms) WHERE ended_at_ms IS NOT NULL;
+    CREATE TABLE dropped (no INTEGER PRIMARY KEY);
+    """,
 )
 """Each brings the file from the version of its place to the next. A released one is never changed."""
 
@@ -76,6 +99,11 @@ VERSION = len(_MIGRATIONS)
 
 class StorageError(Exception):
     """The database cannot be used; the message says why and what to do."""
+
+
+def row_checksum(*values: Any) -> int:
+    """Of the values of a row, in the order of its columns: one that changed, or changed places, shows."""
+    return zlib.crc32(msgspec.msgpack.encode(values))
 
 
 def open_writer(path: Path, *, synchronous: str) -> sqlite3.Connection:
@@ -94,6 +122,8 @@ def open_writer(path: Path, *, synchronous: str) -> sqlite3.Connection:
             path.touch(mode=0o600, exist_ok=False)  # SQLite gives the files beside it the same mode
         connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
         version = _check(connection, path)  # before anything is changed: the journal mode stays with the file
+        if version == 0:
+            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # so that what is deleted can be given back
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute(f"PRAGMA synchronous = {synchronous}")
         # By hand: a checkpoint that fails within a commit is not told, and a commit would wait for it.
@@ -136,6 +166,7 @@ def _check(connection: sqlite3.Connection, path: Path) -> int:
 def _migrate(connection: sqlite3.Connection, version: int) -> None:
     if version == VERSION:
         return
+    connection.create_function("row_checksum", -1, row_checksum, deterministic=True)
     # executescript would commit what is open: the statements are run one by one, in one transaction.
     connection.execute("BEGIN IMMEDIATE")
     for script in _MIGRATIONS[version:]:

@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 
 from carserver.config import Settings
 from carserver.core.attendance import Attendant
-from carserver.core.commands import Applied, Command
+from carserver.core.commands import Command
 from carserver.core.counters import Counters
-from carserver.core.ports import Committed, PageDone, Place, Scan
+from carserver.core.edits import Edit
+from carserver.core.ports import Committed, Done, PageDone, Place, Scan
 from carserver.core.runs import Head, LiveRun
 from carserver.protocol.errors import ErrorKind, RpcError, overloaded
 from carserver.protocol.runs import ListRuns
@@ -52,7 +53,7 @@ class SqliteStore:
         self._counters = counters
         self._fatal = fatal
         self._loop = asyncio.get_running_loop()
-        self._publish: Callable[[Sequence[Committed]], None] = lambda _: None
+        self._publish: Callable[[Sequence[Committed | Done]], None] = lambda _: None
         self._deadlines = Deadlines(settings.storage_s, self._give_up)
         self._waiting_bytes = 0
         self._waiting = 0
@@ -68,7 +69,7 @@ class SqliteStore:
             raise StorageError(f"cannot read {path}: {error}; move it away, or restore a backup of it") from error
         self._writer.start()
 
-    def on_commit(self, publish: Callable[[Sequence[Committed]], None]) -> None:
+    def on_commit(self, publish: Callable[[Sequence[Committed | Done]], None]) -> None:
         """Whom to hand each commit to, before it is acknowledged."""
         self._publish = publish
 
@@ -80,6 +81,13 @@ class SqliteStore:
         Raises:
             RpcError: the command's refusal; overloaded, unavailable, deadline_exceeded.
         """
+        return await self._put(command, by)
+
+    async def edit(self, edit: Edit) -> Any:
+        """See `core.ports.RunLog`."""
+        return await self._put(edit, None)
+
+    async def _put(self, command: Command | Edit, by: Attendant | None) -> Any:
         if self._waiting >= self._settings.write_queue or self._waiting_bytes >= self._settings.write_queue_bytes:
             raise overloaded("too many changes wait for storage", self._settings.retry_after_ms)
         future: asyncio.Future[Any] = self._loop.create_future()
@@ -97,17 +105,17 @@ class SqliteStore:
 
     def _deliver(self, outcomes: Sequence[Outcome]) -> None:
         """One commit: publishes it, then acknowledges it."""
-        committed = [Committed(job.command, result, job.by) for job, result in outcomes if isinstance(result, Applied)]
+        committed = [outcome.committed() for outcome in outcomes if not isinstance(outcome.result, Exception)]
         self._counters.commands += len(outcomes)
         self._counters.commits += bool(committed)
         self._counters.storage_failures += not committed and self._writer.problem is not None
         try:
             self._publish(committed)
         finally:
-            for job, result in outcomes:
+            for job, result, _ in outcomes:
                 self._waiting -= 1
                 self._waiting_bytes -= job.command.size
-                _resolve(job.future, result.answer if isinstance(result, Applied) else result)
+                _resolve(job.future, result if isinstance(result, Exception) else result.answer)
 
     # Reading.
 

@@ -4,23 +4,24 @@ One event's walk: begin immediate; per command a savepoint and its pure `apply`;
 then the loop is told. A refused command spoils no neighbour. What fails in storage is rolled back and said.
 """
 
+import contextlib
 import logging
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-from msgspec.structs import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from carserver.config import Settings
 from carserver.core.attendance import Attendant
-from carserver.core.cache import SizedCache
 from carserver.core.commands import Applied, Command
-from carserver.core.runs import CODES, Head
+from carserver.core.edits import Edit, Edited
+from carserver.core.ports import Committed, Done
+from carserver.core.runs import Head
 from carserver.protocol.errors import ErrorKind, RpcError, unavailable
-from carserver.protocol.runs import Snapshot
-from carserver.stores.rows import checksum, place, read_batch, read_head
+from carserver.stores.runrows import RunRows
+from carserver.stores.stored import StoredRows
+from carserver.stores.sweep import Sweep
 
 if TYPE_CHECKING:
     from asyncio import Future
@@ -29,24 +30,30 @@ log = logging.getLogger("carserver.storage")
 
 _FSYNC_FAILED = {sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC}
 _COMMIT_BYTES = 16 * 1024  # that a transaction takes in the write-ahead log beside its events, at the least
-_TEXTS = ("prompt", "outcome_description", "metadata", "result_text", "error", "cancel_reason", "interrupted_reason")
-
-_REPLACE_TEXTS = "REPLACE INTO texts VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+_SWEPT_BYTES = 256 * 1024  # and one that removes, about
+_SHORT_S = 0.001
 
 
 class Job(NamedTuple):
-    """A command on its way through the writer; `future` is the caller's, and only the loop touches it."""
+    """A command or an edit on its way through the writer; `future` is the caller's, and only the loop touches it."""
 
     future: "Future[Any]"
-    command: Command
+    command: Command | Edit
     by: Attendant | None
 
 
 class Outcome(NamedTuple):
-    """What became of a job."""
+    """What became of a job; `before` is the head of a command's run before it."""
 
     job: Job
-    result: Applied | Exception
+    result: Applied | Edited | Exception
+    before: Head | None = None
+
+    def committed(self) -> Committed | Done:
+        """What is published of it."""
+        if isinstance(self.job.command, Edit):
+            return Done(self.job.command, cast("Edited", self.result))
+        return Committed(self.job.command, cast("Applied", self.result), self.job.by, self.before)
 
 
 class Writer:
@@ -70,10 +77,9 @@ class Writer:
         self._settings = settings
         self._deliver = deliver
         self._fatal = fatal
-        self._heads: SizedCache[str, Head] = SizedCache(settings.writer_heads, settings.writer_heads_bytes)
-        self._stored: dict[str, Head] = {}  # the heads that this transaction changed, as their rows are
-        self._new: dict[str, Head] = {}  # and as their rows will be
-        self._last_no: int = connection.execute("SELECT coalesce(max(no), 0) FROM runs").fetchone()[0]
+        self._runs = RunRows(connection, settings)
+        self._rows = StoredRows(connection, settings, self._runs)
+        self._sweep = Sweep(connection, settings)
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._failed = False
@@ -101,6 +107,8 @@ class Writer:
                 self._commit(jobs)
             elif going and self.problem is not None and not self._failed:
                 self._probe()
+            if going and self._sweep.pending and self.problem is None and not self._sweep.wait_s():
+                self._sweep_on()
         if not self._failed:
             self._connection.close()
 
@@ -109,7 +117,7 @@ class Writer:
         jobs: list[Job] = []
         size = 0
         try:
-            job = self._jobs.get(timeout=None if self.problem is None else self._settings.probe_s)
+            job = self._jobs.get(timeout=self._idle_s())
             while job is not None:
                 jobs.append(job)
                 size += job.command.size
@@ -120,23 +128,34 @@ class Writer:
             return jobs, True
         return jobs, False
 
+    def _idle_s(self) -> float | None:
+        """How long to wait for jobs before something else is due."""
+        if self.problem is not None:
+            return self._settings.probe_s
+        return max(self._sweep.wait_s(), _SHORT_S) if self._sweep.pending else None
+
+    def _sweep_on(self) -> None:
+        try:
+            self._sweep.step()
+        except sqlite3.Error as error:
+            if not self._is_fatal(error):
+                log.warning("what deleted runs left could not be removed, it is tried again: %s", error)
+                self._undo()
+        self._unchecked_bytes += _SWEPT_BYTES
+
     def _commit(self, jobs: list[Job]) -> None:
         if self._failed:
             self._deliver([Outcome(job, _fsync_failed()) for job in jobs])
             return
-        last_no = self._last_no
         try:
             self._connection.execute("BEGIN IMMEDIATE")
-            outcomes = [Outcome(job, self._apply(job.command)) for job in jobs]
-            self._write_heads()
+            outcomes = [self._outcome(job) for job in jobs]
+            self._runs.flush()
             self._connection.execute("COMMIT")
         except Exception as error:  # noqa: BLE001 - whatever it was, the transaction is undone and every caller told
-            self._last_no = last_no
             self._roll_back(error, jobs)
             return
-        for run_id, head in self._new.items():
-            self._heads.put(run_id, head, head.size)
-        self._clear()
+        self._runs.committed()
         if self.problem is not None:
             log.warning("storage takes writes again")
             self.problem = None
@@ -157,96 +176,58 @@ class Writer:
             if not self._is_fatal(error):
                 log.warning("the write-ahead log could not be written back, it is tried again: %s", error)
 
-    def _apply(self, command: Command) -> Applied | Exception:
-        """One command within the transaction: what it came to, or its refusal."""
-        head = self._head(command.run_id)
-        batch_id = command.batch_id
-        prior = read_batch(self._connection, head, batch_id) if batch_id is not None and head is not None else None
+    def _outcome(self, job: Job) -> Outcome:
+        """One command or edit within the transaction: what it came to, or its refusal."""
+        if isinstance(job.command, Edit):
+            return Outcome(job, self._edit(job.command))
+        return self._apply(job, job.command)
+
+    def _apply(self, job: Job, command: Command) -> Outcome:
+        before = None
         try:
-            applied = command.apply(head, prior)
+            before = self._runs.head(command.run_id)
+            applied = self._runs.applied(command, before)
+        except sqlite3.Error:
+            raise
         except Exception as refusal:  # noqa: BLE001 - a refusal, or a defect: nothing is written, so its own in any case
+            return Outcome(job, refusal)
+        if applied.head is before:
+            return Outcome(job, applied, before)
+        try:
+            with self._savepoint():
+                applied = self._runs.write(applied, before)
+        except (sqlite3.IntegrityError, sqlite3.DataError) as error:
+            return Outcome(job, _refused_by_storage(error), before)
+        self._runs.changed(applied.head, before)
+        return Outcome(job, applied, before)
+
+    def _edit(self, edit: Edit) -> Edited | Exception:
+        if edit.changes_runs:
+            self._runs.flush()
+        try:
+            with self._savepoint():
+                edited = edit.edit(self._rows)
+        except (sqlite3.IntegrityError, sqlite3.DataError) as error:
+            return _refused_by_storage(error)
+        except sqlite3.Error:
+            raise
+        except Exception as refusal:  # noqa: BLE001 - as above; what it wrote is undone
             return refusal
-        if applied.head is head:
-            return applied
+        self._sweep.pending |= bool(edited.deleted)
+        return edited
+
+    @contextlib.contextmanager
+    def _savepoint(self) -> Iterator[None]:
+        """What is done in it is undone where it raises; its neighbours are not touched."""
         self._connection.execute("SAVEPOINT command")
         try:
-            applied = self._write(applied)
-        except (sqlite3.IntegrityError, sqlite3.DataError) as error:
-            self._connection.execute("ROLLBACK TO command")
-            log.exception("a command could not be stored", extra={"run_id": command.run_id})
-            return unavailable(f"storage refused it: {error}")
-        finally:
+            yield
+        except BaseException:
             if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK TO command")
                 self._connection.execute("RELEASE command")
-        self._stored.setdefault(command.run_id, head or applied.head)
-        self._new[command.run_id] = applied.head
-        return applied
-
-    def _head(self, run_id: str) -> Head | None:
-        head = self._new.get(run_id) or self._heads.get(run_id)
-        if head is None:
-            head = read_head(self._connection, run_id)
-            if head is not None:
-                self._heads.put(run_id, head, head.size)
-        return head
-
-    def _write(self, applied: Applied) -> Applied:
-        """The rows of one command, but for its head's, which is written once per transaction."""
-        head = applied.head
-        if head.no == 0:
-            self._last_no += 1
-            head = replace(head, no=self._last_no)
-            applied = applied._replace(head=head)
-            self._insert(head)
-        if applied.entries:
-            rows = []
-            for sequence, at_ms, status, raw in applied.entries:
-                key = place(head.no, sequence)
-                rows.append((key, at_ms, status, checksum(key, at_ms, status, raw), raw))
-            self._connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?)", rows)
-        if applied.batch is not None:
-            batch_id, digest, answer = applied.batch
-            self._connection.execute(
-                "INSERT INTO batches VALUES (?, ?, ?, ?, ?, ?)",
-                (head.no, batch_id, digest, answer.first_sequence, answer.count, CODES[answer.status]),
-            )
-        return applied
-
-    def _insert(self, head: Head) -> None:
-        run = head.run
-        self._connection.execute(
-            "INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                head.no,
-                run.id,
-                head.owner,
-                run.session_id,
-                run.agent_id,
-                run.parent_run_id,
-                run.epoch,
-                head.key_digest,
-                run.created_at_ms,
-                *_changing(head),
-            ),
-        )
-        self._connection.execute(_REPLACE_TEXTS, (head.no, *_texts(run)))
-
-    def _write_heads(self) -> None:
-        for run_id, head in self._new.items():
-            stored = self._stored[run_id]
-            if head is stored:
-                continue  # created in this transaction, and no more
-            self._connection.execute(
-                "UPDATE runs SET status = ?, event_count = ?, updated_at_ms = ?, ended_at_ms = ?, last_at_ms = ?,"
-                " revision = ?, endings = ? WHERE no = ?",
-                (*_changing(head), head.no),
-            )
-            if _texts(stored.run) != _texts(head.run):
-                self._connection.execute(_REPLACE_TEXTS, (head.no, *_texts(head.run)))
-
-    def _clear(self) -> None:
-        self._stored.clear()
-        self._new.clear()
+            raise
+        self._connection.execute("RELEASE command")
 
     def _roll_back(self, error: Exception, jobs: list[Job]) -> None:
         """Nothing of the transaction is left; every caller is told what that means."""
@@ -261,9 +242,7 @@ class Writer:
             log.error("storage fails: %s", error)
         self.problem = why
         self._undo()
-        for run_id in self._stored:
-            self._heads.pop(run_id)
-        self._clear()
+        self._runs.undone()
         refusal = unavailable(f"storage fails: {why}; nothing was stored")
         self._deliver([Outcome(job, refusal) for job in jobs])
 
@@ -298,21 +277,9 @@ class Writer:
             self.problem = None
 
 
-def _changing(head: Head) -> tuple[int | None, ...]:
-    run = head.run
-    return (
-        CODES[run.status],
-        run.event_count,
-        run.updated_at_ms,
-        run.ended_at_ms,
-        head.last_at_ms,
-        head.revision,
-        head.endings,
-    )
-
-
-def _texts(run: Snapshot) -> tuple[object, ...]:
-    return tuple(bytes(run.metadata) if name == "metadata" and run.metadata else getattr(run, name) for name in _TEXTS)
+def _refused_by_storage(error: sqlite3.Error) -> RpcError:
+    log.error("a command could not be stored", exc_info=error)
+    return unavailable(f"storage refused it: {error}")
 
 
 def _fsync_failed() -> RpcError:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from carserver.stores.rows import RUN_COLUMNS
+from carserver.stores.schema import row_checksum
 from tests.daemon import Daemon
 from tests.fault.audit import Batch, audit, audit_runs
 from tests.fault.kills import READY_S, Figures, kill_round
@@ -107,6 +109,8 @@ async def test_a_batch_taken_out_of_the_database_behind_the_daemons_back_is_foun
     with database:
         database.execute("DELETE FROM events WHERE place & 0xffffff >= 9")
         database.execute("UPDATE runs SET event_count = 9")
+        database.create_function("row_checksum", -1, row_checksum)
+        database.execute(f"UPDATE runs SET checksum = row_checksum({RUN_COLUMNS})")
     database.close()
     daemon.start()
     async with peer(daemon) as client:

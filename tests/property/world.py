@@ -13,6 +13,7 @@ from carserver.config import Settings
 from carserver.core.attendance import Attendant
 from carserver.core.commands import Command, Create, Record
 from carserver.core.counters import Counters
+from carserver.core.edits import Edit
 from carserver.core.outbox import Outbox
 from carserver.core.ports import Committed, Damaged, PageDone, Place, Scan
 from carserver.core.principals import CLIENT
@@ -106,6 +107,9 @@ class FakeLog:
 
     async def submit(self, command: Command, by: Attendant | None) -> Any:
         raise AssertionError("commands are committed by the world")
+
+    async def edit(self, edit: Edit) -> Any:
+        raise AssertionError("not part of this world")
 
     async def scan(self, head: Head, start: int, stop: int, limit: int, types: Sequence[str] | None) -> Scan:
         raise AssertionError("not part of this world")

@@ -10,7 +10,6 @@ from typing import Any
 from carserver.config import Settings
 from carserver.core.commands import Command, Create, Record
 from carserver.core.counters import Counters
-from carserver.core.ports import Committed
 from carserver.core.principals import CLIENT, Principal
 from carserver.core.runs import Event, Head
 from carserver.protocol.runs import Recorded, Snapshot, Status
@@ -55,7 +54,7 @@ class Opened:
     store: SqliteStore
     path: Path
     counters: Counters
-    published: list[list[Committed]] = field(default_factory=list)
+    published: list[list[Any]] = field(default_factory=list)
     fatal: list[str] = field(default_factory=list)
 
     async def submit(self, command: Command) -> Any:
@@ -87,7 +86,7 @@ async def opened(path: Path, **settings: Any) -> AsyncIterator[Opened]:
     store = SqliteStore(path, "boot", Settings(**settings), counters, fatal.append)
     opened_ = Opened(store, path, counters, fatal=fatal)
 
-    def publish(changes: Sequence[Committed]) -> None:
+    def publish(changes: Sequence[Any]) -> None:
         opened_.published.append(list(changes))
 
     store.on_commit(publish)

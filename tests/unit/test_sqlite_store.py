@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from carserver.core.ports import Place
+from carserver.core.ports import Committed, Place
 from carserver.core.principals import Principal
 from carserver.core.runs import Entry, Head
 from carserver.protocol.errors import ErrorKind, RpcError
@@ -60,7 +60,10 @@ async def test_a_commit_is_published_in_the_logs_order_and_before_any_of_it_is_a
         order: list[tuple[str, int]] = []
         store.store.on_commit(
             lambda changes: order.extend(
-                ("published", entry.sequence) for change in changes for entry in change.applied.entries
+                ("published", entry.sequence)
+                for change in changes
+                if isinstance(change, Committed)
+                for entry in change.applied.entries
             )
         )
 

@@ -14,7 +14,7 @@ from carserver.core.principals import HOST, Principal
 from carserver.core.runs import Entry, Head
 from carserver.protocol.errors import ErrorKind, RpcError
 from carserver.protocol.runs import Recorded
-from carserver.stores import schema, writer
+from carserver.stores import runrows, schema
 from carserver.stores.rows import read_batch, read_entries, read_head
 from carserver.stores.schema import open_writer
 from carserver.stores.writer import Job, Outcome, Writer
@@ -46,7 +46,7 @@ class Driven:
         self._started = True
         self.writer.start()
 
-    def commit(self) -> list[Applied | Exception]:
+    def commit(self) -> list[Any]:
         """The outcomes of the next commit."""
         return [outcome.result for outcome in self.commits.get(timeout=COMMIT_S)]
 
@@ -381,7 +381,7 @@ def test_a_defect_outside_any_command_fails_the_commit_and_tells_peers_nothing_o
         raise ZeroDivisionError("secret")
 
     with monkeypatch.context() as patched:
-        patched.setattr(writer, "checksum", broken)
+        patched.setattr(runrows, "checksum", broken)
         with pytest.raises(RpcError) as refusal:
             driven.one(record("run", event(0)))
     assert (refusal.value.kind, refusal.value.data) == (ErrorKind.UNAVAILABLE, {"outcome": "not_done"})
