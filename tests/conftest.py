@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -32,11 +32,11 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[StartDaemon]:
-    """Starts daemons, `start(*args, name="state", **settings)`; each must end well when the test does."""
+    """Starts daemons, `start(*args, name="state", wrapper=(), **settings)`; each must end well when the test does."""
     with contextlib.ExitStack() as stack:
 
-        def start_one(*args: str, name: str = "state", **settings: object) -> Daemon:
-            return stack.enter_context(running(tmp_path / name, *args, **settings))
+        def start_one(*args: str, name: str = "state", wrapper: Sequence[str] = (), **settings: object) -> Daemon:
+            return stack.enter_context(running(tmp_path / name, *args, wrapper=wrapper, **settings))
 
         yield start_one
 

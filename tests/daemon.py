@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 STARTED = re.compile(r"listening on (ws://\S+)")
@@ -23,11 +23,15 @@ class NotStarted(Exception):
 
 
 class Daemon:
-    """One `carserver serve` at a time on one state folder; settings go by their names, as in `config.Settings`."""
+    """One `carserver serve` at a time on one state folder; settings go by their names, as in `config.Settings`.
 
-    def __init__(self, state: Path, *args: str, **settings: object) -> None:
+    `wrapper` is a command that becomes the daemon: `env` or `nsenter` with their arguments.
+    """
+
+    def __init__(self, state: Path, *args: str, wrapper: Sequence[str] = (), **settings: object) -> None:
         self.state = state
         self.args = args
+        self.wrapper = wrapper
         self.settings = settings
         self.expects_defects = False
         self.process: subprocess.Popen[bytes] | None = None
@@ -52,7 +56,7 @@ class Daemon:
             command += ["--port", "0"]
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [*command, *self.args, *args], stdout=subprocess.PIPE, stderr=log, env=environment
+                [*self.wrapper, *command, *self.args, *args], stdout=subprocess.PIPE, stderr=log, env=environment
             )
         assert self.process.stdout is not None
         line = self.process.stdout.readline().decode()  # ends when the daemon listens, or exits
@@ -130,9 +134,9 @@ class Daemon:
 
 
 @contextlib.contextmanager
-def running(state: Path, *args: str, **settings: object) -> Iterator[Daemon]:
+def running(state: Path, *args: str, wrapper: Sequence[str] = (), **settings: object) -> Iterator[Daemon]:
     """A daemon for the length of a block. At its end it must still be there, without defects, and obey TERM."""
-    daemon = Daemon(state, *args, **settings)
+    daemon = Daemon(state, *args, wrapper=wrapper, **settings)
     daemon.start()
     try:
         yield daemon

@@ -157,8 +157,12 @@ class StateFolder:
                 time.sleep(_PROBE_S)
             except OSError as error:
                 raise FolderError(f"cannot lock {self.path / _LOCK}: {_why(error)}; use a local disk") from None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+        pid = b"%d\n" % os.getpid()
+        try:
+            os.pwrite(fd, pid, 0)  # over the one before: that needs no room
+            os.ftruncate(fd, len(pid))
+        except OSError:  # the disk is full, and the lock holds all the same; whose it is cannot be told then
+            os.ftruncate(fd, 0)
 
     def _held_message(self, fd: int) -> str:
         pid = os.pread(fd, 32, 0).strip()
@@ -297,11 +301,14 @@ class StateFolder:
 
     def _sync(self) -> None:
         """Makes the names in the folder as durable as the files' content."""
-        fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+            fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise FolderError(f"cannot write in {self.path}: {_why(error)}") from None
 
 
 def configured_token(settings: Settings, setting: TokenSetting) -> str | None:
