@@ -190,7 +190,7 @@ class FrameReader:
                     self._at = stop
                     payload = apply_mask(data[body:stop], data[body - 4 : body])
                     if not payload.isascii():
-                        _check_utf8(payload)
+                        check_utf8(payload)
                     return TEXT, payload
             return self._next_of_any_kind()
         except Violation:
@@ -209,7 +209,7 @@ class FrameReader:
             message = self._join(payload, last=bool(first & _FIN))
             if message is not None:
                 if not message.isascii():
-                    _check_utf8(message)
+                    check_utf8(message)
                 return TEXT, message
         return None
 
@@ -316,7 +316,7 @@ def _check_minimal(length: int, size: int) -> None:
         raise Violation(Close.PROTOCOL_ERROR, "length with its highest bit set")
 
 
-def _check_utf8(payload: bytes) -> None:
+def check_utf8(payload: bytes) -> None:
     """A text message is UTF-8 as a whole (8.1); a character may be split between fragments, so not before the end."""
     at = 0
     view = memoryview(payload)

@@ -20,12 +20,13 @@ async def auth(session: Session, params: Auth) -> Authenticated:
     `token` is the auth token (role `client`) or an agent's token (role `agent`); `agent_id` beside an agent's token
     must match it, beside the auth token it is ignored. `host_token` gives the role `host`. A wrong token is answered
     after a second with `auth_failed` and may be tried again on the same connection; a connection that authenticates
-    again as somebody else is `forbidden`.
+    again as somebody else is `forbidden`, but on a Unix socket, where it acts as `client` from the start, it is not:
+    there, what it subscribed to or watched until then ends, with `runs.trace.closed` or `runs.watch.reset`.
     """
     if not session.services.settings.auth:
         return _answer(session, HOST, enabled=False)
     principal = await _prove(session, params)
-    if session.principal is None:
+    if session.principal is None or session.provisional:
         session.authenticate(principal)
     elif session.principal != principal:
         raise forbidden(f"this connection acts as {session.principal.name} already; open another one")

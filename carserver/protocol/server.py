@@ -68,7 +68,28 @@ class ServerStatus(Struct, frozen=True, kw_only=True):
     storage: StorageStatus
 
 
+class Backup(Struct, frozen=True, kw_only=True):
+    """Params of `server.backup`: where the backup is to be, as the daemon's machine names it."""
+
+    path: str
+
+
+class BackedUp(Struct, frozen=True, kw_only=True):
+    """A backup that is complete and on disk: where it is, its size, and how many runs are in it."""
+
+    path: str
+    bytes: int
+    runs: int
+
+
 class Draining(Struct, frozen=True, kw_only=True):
     """Params of the notification `server.draining`: the connection is about to be closed with 1012."""
 
     retry_after_ms: int
+
+
+class Closing(Struct, frozen=True, kw_only=True):
+    """Params of `server.closing`, the last line to a peer that speaks in lines: a WebSocket's close code and reason."""
+
+    code: int
+    reason: str
