@@ -244,6 +244,8 @@ def _keeps_bytes(params: type[Struct]) -> bool:
 
 
 def _mentions_raw(type_: Any) -> bool:
+    if inspect.isclass(type_) and issubclass(type_, Struct):
+        return _keeps_bytes(type_)
     return type_ is Raw or any(_mentions_raw(argument) for argument in get_args(type_))
 
 

@@ -56,3 +56,14 @@ class Deadlines:
 def _is_open(due: _Due) -> bool:
     future = due.future()
     return future is not None and not future.done()
+
+
+def resolve(future: "asyncio.Future[Any]", result: object) -> None:
+    """Answers a caller who is still there: an Exception is raised where it waits, all else is what it waited for."""
+    if future.done():
+        return
+    if isinstance(result, Exception):
+        future.set_exception(result)
+        future.exception()  # its caller may have gone: then nobody retrieves it, which is no defect
+    else:
+        future.set_result(result)
