@@ -51,7 +51,7 @@ class Snapshot(Struct, frozen=True, kw_only=True, omit_defaults=True):
     interrupted_reason: str | None = None
     event_count: int
     parent_run_id: str | None = None
-    metadata: Raw | None = None
+    metadata: Raw | UnsetType = UNSET  # not `| None`: msgspec takes that for null alone
     ended_at_ms: int | None = None
     outcome_description: str | None = None
     epoch: str
@@ -65,7 +65,7 @@ class CreateRun(Struct, frozen=True, kw_only=True):
     agent_id: Id | None = None
     parent_run_id: Name | None = None
     outcome_description: str | None = None
-    metadata: Raw | UnsetType = UNSET  # not `| None`: msgspec takes that for null alone
+    metadata: Raw | UnsetType = UNSET
     idempotency_key: Name | None = None
 
 
@@ -121,8 +121,8 @@ class EventPage(Struct, frozen=True, kw_only=True):
     epoch: str
 
 
-class ListRuns(Struct, frozen=True, kw_only=True):
-    """Params of `runs.list`: the filters, and the place to go on from."""
+class RunFilters(Struct, frozen=True, kw_only=True):
+    """Which runs are meant: those of which all that is given is true. Params of `runs.watch`."""
 
     session_id: Id | None = None
     agent_id: Id | None = None
@@ -130,6 +130,11 @@ class ListRuns(Struct, frozen=True, kw_only=True):
     parent_run_id: Id | None = None
     created_after_ms: Milliseconds | None = None
     created_before_ms: Milliseconds | None = None
+
+
+class ListRuns(RunFilters, frozen=True, kw_only=True):
+    """Params of `runs.list`: the filters, and the place to go on from."""
+
     limit: Limit | None = None
     page: str | None = None
 
@@ -160,6 +165,12 @@ class Cancelled(Struct, frozen=True, kw_only=True):
 
     cancelled: bool
     status: Status
+
+
+class Deleted(Struct, frozen=True, kw_only=True):
+    """The run is no more."""
+
+    deleted: bool
 
 
 class SubscribeTrace(Struct, frozen=True, kw_only=True):
@@ -236,4 +247,29 @@ class RunCancelled(Struct, frozen=True, kw_only=True):
     """Params of the notification `runs.cancelled`, sent to the connections that attend the run."""
 
     run_id: str
+    reason: str
+
+
+class Watching(Struct, frozen=True, kw_only=True):
+    """The connection watches from now on."""
+
+    watching: bool = True
+
+
+class Unwatched(Struct, frozen=True, kw_only=True):
+    """Whether it watched until now."""
+
+    watching: bool = False
+    removed: bool
+
+
+class RunChanged(Struct, frozen=True, kw_only=True):
+    """Params of the notification `runs.changed`, sent to who watches: the run as it is by now."""
+
+    run: Snapshot
+
+
+class WatchReset(Struct, frozen=True, kw_only=True):
+    """Params of the notification `runs.watch.reset`: changes were not told, so list again. `reason` is for a person."""
+
     reason: str
