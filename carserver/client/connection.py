@@ -247,7 +247,10 @@ class Connection:
         self._closing = True
         self._end(ConnectionLost(Close.NORMAL, "closed by this side"))
         try:
-            await self._websocket.close()
+            # asyncio's (3.11), where websockets aborts a transport that is gone already: a daemon that
+            # went away in the middle of a long message.
+            with suppress(AttributeError):
+                await self._websocket.close()
         finally:
             for task in self._tasks:
                 task.cancel()

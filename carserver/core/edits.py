@@ -5,13 +5,44 @@ undone, and its neighbours in the same commit are not touched.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from msgspec import Struct
 
+from carserver.core.outputs import Output
 from carserver.core.principals import Principal
-from carserver.core.runs import Head
+from carserver.core.runs import Entry, Head
+
+
+class End(NamedTuple):
+    """A run's place among those that are over, oldest ended first: the time of its end, and its number."""
+
+    ended_at_ms: int
+    no: int
+
+
+class Removed(NamedTuple):
+    """What went: outputs, and the bytes of these that are inline and of events."""
+
+    outputs: int
+    bytes: int
+
+
+class Staged(NamedTuple):
+    """A run that is being imported, before its last event is there.
+
+    `run` is its snapshot as JSON. Its events are stored under `no`: `cursor` of them, `log_bytes` in all. The newest
+    has the time `last_at_ms` (before the first: the run's creation) and the status with the code `status` (None).
+    """
+
+    no: int
+    run_id: str
+    run: bytes
+    cursor: int
+    last_at_ms: int
+    status: int | None
+    log_bytes: int
 
 
 class Edited(NamedTuple):
@@ -33,12 +64,72 @@ class StoredRuns(Protocol):
         """Stores the head of a run whose log is stored; `head.no` is from `new_no`."""
         ...
 
-    def remove(self, head: Head) -> int:
-        """The run is no more, nor are its outputs; how many these were. Its log goes later, a piece at a time."""
+    def remove(self, head: Head) -> None:
+        """The run is no more; it has no outputs any more. Its log goes later, a piece at a time."""
         ...
 
     def new_no(self) -> int:
         """A number that no run has or had."""
+        ...
+
+    def ended(self, after: End | None, until: End, limit: int) -> Sequence[tuple[str, End]]:
+        """The ids and places of runs that are over, oldest ended first: behind `after`, up to `until`."""
+        ...
+
+    def entries(self, head: Head, start: int, stop: int) -> Iterable[Entry]:
+        """The log of a run from `start` to before `stop`, read as it is asked for. Raises Damaged."""
+        ...
+
+    def append(self, no: int, entries: Sequence[Entry]) -> None:
+        """Stores entries under the number `no`; of a run, or of one that is being imported."""
+        ...
+
+
+class StoredImports(Protocol):
+    """The runs that are being imported: they are not there before their last event is."""
+
+    def get(self, run_id: str) -> Staged | None:
+        """What has come of it so far; None if nothing."""
+        ...
+
+    def begin(self, run_id: str, run: bytes, last_at_ms: int) -> Staged:
+        """It begins, or begins anew: what came of it before is dropped, and where there are too many, the oldest is."""
+        ...
+
+    def grown(self, staged: Staged) -> None:
+        """More of it has come."""
+        ...
+
+    def finished(self, staged: Staged) -> None:
+        """It is a run now."""
+        ...
+
+
+class StoredOutputs(Protocol):
+    """The outputs of a transaction."""
+
+    def get(self, output_id: str) -> Output | None:
+        """The output of this id; None if there is none."""
+        ...
+
+    def exists(self, output_id: str) -> bool:
+        """Whether there is one."""
+        ...
+
+    def keyed(self, owner: str, key: str) -> Output | None:
+        """What `owner` appended with this idempotency key; None if nothing."""
+        ...
+
+    def add(self, output: Output) -> Output:
+        """Stores it, after all others: with its number. Nothing is checked here but that its id and key are new."""
+        ...
+
+    def remove_of_run(self, run_id: str, limit: int) -> Removed:
+        """Outputs of a run are no more: at most `limit`."""
+        ...
+
+    def remove_old(self, before_ms: int, limit: int) -> Removed:
+        """The oldest outputs without a run, made before that time, are no more: at most `limit`."""
         ...
 
 
@@ -48,6 +139,16 @@ class Stored(Protocol):
     @property
     def runs(self) -> StoredRuns:
         """Runs."""
+        ...
+
+    @property
+    def outputs(self) -> StoredOutputs:
+        """Outputs."""
+        ...
+
+    @property
+    def imports(self) -> StoredImports:
+        """Unfinished imports."""
         ...
 
 

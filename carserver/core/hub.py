@@ -122,9 +122,10 @@ class Hub:
         topic.closed = reason
         for subscription in list(topic.subscriptions):
             if subscription.mode is not Mode.PENDING:
-                self._tell_closed(subscription, reason)
+                self.end(subscription, reason)
 
-    def _tell_closed(self, subscription: Subscription, reason: str) -> None:
+    def end(self, subscription: Subscription, reason: str) -> None:
+        """Ends a subscription, and tells its peer why."""
         self._counters.subscriptions_closed += 1
         self.drop(subscription)
         subscription.outbox.send(closed_frame(subscription.topic.run_id, reason))
@@ -166,7 +167,7 @@ class Hub:
         if subscription.mode is not Mode.PENDING:
             return
         if subscription.topic.closed:
-            self._tell_closed(subscription, subscription.topic.closed)
+            self.end(subscription, subscription.topic.closed)
         else:
             subscription.mode = Mode.CATCHING_UP
             self._catch_up.want(subscription)

@@ -44,27 +44,50 @@ def take_in(events: Sequence[Raw], settings: Settings) -> list[Event]:
     """
     if len(events) > settings.record_events:
         raise limit_exceeded("record_events", len(events), settings.record_events, "events")
-    return [_take_in(bytes(raw), place, settings) for place, raw in enumerate(events)]
+    return [take_in_one(bytes(raw), settings, "", place) for place, raw in enumerate(events)]
 
 
-def _take_in(given: bytes, place: int, settings: Settings) -> Event:
+def take_in_one(given: bytes, settings: Settings, at: str, place: int) -> Event:
+    """One event, checked; it is known to be JSON, and stands at `events[place]` below `at`.
+
+    Raises:
+        RpcError: invalid_params, limit_exceeded.
+    """
     raw = compact(given)
     if len(raw) > settings.event_bytes:
-        raise limit_exceeded("event_bytes", len(raw), settings.event_bytes, f"events[{place}]")
+        raise limit_exceeded("event_bytes", len(raw), settings.event_bytes, f"{at}events[{place}]")
     if raw.count(b"{") + raw.count(b"[") > settings.value_nesting and too_deep(
         raw, orjson.loads(raw), settings.value_nesting
     ):
-        raise limit_exceeded("value_nesting", settings.value_nesting + 1, settings.value_nesting, f"events[{place}]")
+        where = f"{at}events[{place}]"
+        raise limit_exceeded("value_nesting", settings.value_nesting + 1, settings.value_nesting, where)
     try:
         type_ = _type_decoder.decode(raw).type
     except msgspec.ValidationError as error:
-        raise invalid_params(f"events[{place}]", f"an object with a string `type` is wanted: {error}") from None
+        raise invalid_params(f"{at}events[{place}]", f"an object with a string `type` is wanted: {error}") from None
     if len(type_) > settings.name_chars or not type_.isprintable():
-        check_name(type_, settings.name_chars, f"events[{place}].type")
+        check_name(type_, settings.name_chars, f"{at}events[{place}].type")
     effect = EFFECTS.get(type_)
     if effect is None or effect.text is None:
         return Event(raw, type_, None)
-    kept = decode(_text_decoders[effect.text], raw, f"events[{place}]")
+    kept = decode(_text_decoders[effect.text], raw, f"{at}events[{place}]")
     text: str = getattr(kept, effect.text)
-    check_text(text, "text_bytes", settings.text_bytes, f"events[{place}].{effect.text}")
+    check_text(text, "text_bytes", settings.text_bytes, f"{at}events[{place}].{effect.text}")
     return Event(raw, type_, text)
+
+
+def take_in_metadata(given: bytes, settings: Settings, at: str) -> Raw:
+    """A run's metadata, checked, as compact JSON (contract, section 4: only an event keeps its own spacing).
+
+    Raises:
+        RpcError: invalid_params, limit_exceeded.
+    """
+    raw = msgspec.json.format(given, indent=-1)
+    if len(raw) > settings.metadata_bytes:
+        raise limit_exceeded("metadata_bytes", len(raw), settings.metadata_bytes, at)
+    value = orjson.loads(raw)
+    if type(value) is not dict:
+        raise invalid_params(at, "an object is wanted")
+    if too_deep(raw, value, settings.value_nesting):
+        raise limit_exceeded("value_nesting", settings.value_nesting + 1, settings.value_nesting, at)
+    return Raw(raw)

@@ -6,19 +6,22 @@ from uuid import NAMESPACE_URL, uuid5
 
 import msgspec
 import orjson
-from msgspec import Raw, UnsetType
+from msgspec import UNSET, Raw, UnsetType
 
+from carserver.config import Settings
 from carserver.core.commands import Cancel, Create, Fail, Record, Resume
-from carserver.core.intake import take_in
+from carserver.core.intake import take_in, take_in_metadata
 from carserver.core.ports import Place
 from carserver.core.principals import Principal
+from carserver.core.prune import Delete
 from carserver.core.runs import Head
-from carserver.protocol.codec import check_text, encode, too_deep
+from carserver.protocol.codec import check_text, encode
 from carserver.protocol.errors import ErrorKind, invalid_params, limit_exceeded
 from carserver.protocol.runs import (
     Cancelled,
     CancelRun,
     CreateRun,
+    Deleted,
     EventPage,
     FailRun,
     ListRuns,
@@ -76,7 +79,7 @@ async def create(session: Session, params: CreateRun) -> Snapshot:
         updated_at_ms=now_ms,
         event_count=0,
         parent_run_id=params.parent_run_id,
-        metadata=_metadata(params.metadata, settings.metadata_bytes, settings.value_nesting),
+        metadata=_metadata(params.metadata, settings),
         outcome_description=params.outcome_description,
         epoch=session.services.daemon.new_id(),
     )
@@ -101,25 +104,17 @@ def _check_create(session: Session, params: CreateRun) -> None:
         check_text(params.outcome_description, "text_bytes", settings.text_bytes, "outcome_description")
 
 
-def _metadata(given: Raw | UnsetType, maximum: int, nesting: int) -> Raw | None:
-    """An object within its limits, as compact JSON; an explicit null is as if it were left out."""
+def _metadata(given: Raw | UnsetType, settings: Settings) -> Raw | UnsetType:
+    """An explicit null is as if it were left out."""
     if isinstance(given, UnsetType) or bytes(given).strip() == b"null":
-        return None
-    raw = msgspec.json.format(bytes(given), indent=-1)  # section 4: only an event keeps its own spacing
-    if len(raw) > maximum:
-        raise limit_exceeded("metadata_bytes", len(raw), maximum, "metadata")
-    value = orjson.loads(raw)
-    if type(value) is not dict:
-        raise invalid_params("metadata", "an object is wanted")
-    if too_deep(raw, value, nesting):
-        raise limit_exceeded("value_nesting", nesting + 1, nesting, "metadata")
-    return Raw(raw)
+        return UNSET
+    return take_in_metadata(bytes(given), settings, "metadata")
 
 
 def _digest(run: Snapshot) -> bytes:
     """Of what a caller said of a run; what it means the same is the same, however it was spaced and ordered."""
     said: list[Any] = [run.prompt, run.session_id, run.agent_id, run.parent_run_id, run.outcome_description]
-    said.append(None if run.metadata is None else orjson.loads(bytes(run.metadata)))
+    said.append(orjson.loads(bytes(run.metadata)) if run.metadata else None)
     return hashlib.sha256(orjson.dumps(said, option=orjson.OPT_SORT_KEYS)).digest()
 
 
@@ -289,3 +284,21 @@ async def resume(session: Session, params: RunRef) -> Snapshot:
     command = Resume(run_id=params.run_id, principal=session.acting, now_ms=session.services.clock.now_ms())
     resumed: Snapshot = await session.services.runs.change(command, session)
     return resumed
+
+
+@method(
+    "runs.delete",
+    errors=[NOT_FOUND, FORBIDDEN, CONFLICT],
+    example=Example({"run_id": RUN}, before=[CREATE, ("runs.cancel", {"run_id": RUN})]),
+)
+async def delete(session: Session, params: RunRef) -> Deleted:
+    """Deletes a run of one's own that is over, with its outputs. A live one: `conflict` (`run_live`).
+
+    Its viewers get `runs.trace.closed`. The same idempotency key makes a new run afterwards, with another epoch.
+    """
+    outputs = session.services.settings.prune_outputs
+    edit = Delete(principal=session.acting, run_id=params.run_id, outputs=outputs)
+    deleted: Deleted | None = None
+    while deleted is None:
+        deleted = await session.services.runs.edit(edit)
+    return deleted

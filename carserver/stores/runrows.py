@@ -5,19 +5,23 @@ writer's thread.
 """
 
 import sqlite3
+from collections.abc import Iterator, Sequence
 
 from msgspec.structs import replace
 
 from carserver.config import Settings
 from carserver.core.cache import SizedCache
 from carserver.core.commands import Applied, Command
-from carserver.core.runs import CODES, Head
-from carserver.stores.rows import checksum, place, read_batch, read_head, run_row, texts_row
+from carserver.core.edits import End
+from carserver.core.runs import CODES, Entry, Head
+from carserver.stores.rows import checksum, place, read_batch, read_entries, read_head, run_row, texts_row
 from carserver.stores.schema import row_checksum
 
 _LAST_NO = (
     "SELECT max(coalesce((SELECT max(no) FROM runs), 0), coalesce((SELECT value + 0 FROM meta WHERE name = 'no'), 0))"
 )
+BEFORE_ALL = End(-1, -1)
+"""A place before that of every run that is over."""
 
 
 class RunRows:
@@ -33,6 +37,9 @@ class RunRows:
         self._heads: SizedCache[str, Head] = SizedCache(settings.writer_heads, settings.writer_heads_bytes)
         self._stored: dict[str, Head] = {}  # the heads that this transaction changed, as their rows are
         self._new: dict[str, Head] = {}  # and as their rows will be
+        self._moved: list[str] = []  # the runs that its edits added or removed
+        self.dropped = False  # since the sweep was last told
+        self.appended = 0  # events, in all
         self._last_no: int = connection.execute(_LAST_NO).fetchone()[0]
 
     # The transaction.
@@ -49,13 +56,16 @@ class RunRows:
             self._heads.put(run_id, head, head.size)
         self._stored.clear()
         self._new.clear()
+        self._moved.clear()
 
     def undone(self) -> None:
         """Nothing of the transaction is left. The numbers that it gave out are not used again."""
         for run_id in self._stored:
             self._heads.pop(run_id)
+        self.forget_moved()
         self._stored.clear()
         self._new.clear()
+        self._moved.clear()
 
     # Commands.
 
@@ -86,11 +96,7 @@ class RunRows:
             applied = applied._replace(head=head)
             self._insert(head)
         if applied.entries:
-            rows = []
-            for sequence, at_ms, status, raw in applied.entries:
-                key = place(head.no, sequence)
-                rows.append((key, at_ms, status, checksum(key, at_ms, status, raw), raw))
-            self._connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?)", rows)
+            self.append(head.no, applied.entries)
         if applied.batch is not None:
             batch_id, digest, answer = applied.batch
             values = (head.no, batch_id, digest, answer.first_sequence, answer.count, CODES[answer.status])
@@ -133,13 +139,42 @@ class RunRows:
         self._last_no += 1
         return self._last_no
 
+    def append(self, no: int, entries: Sequence[Entry]) -> None:
+        """See `core.edits.StoredRuns`."""
+        rows = []
+        for sequence, at_ms, status, raw in entries:
+            key = place(no, sequence)
+            rows.append((key, at_ms, status, checksum(key, at_ms, status, raw), raw))
+        self._connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?)", rows)
+        self.appended += len(rows)
+
+    def entries(self, head: Head, start: int, stop: int) -> Iterator[Entry]:
+        """See `core.edits.StoredRuns`."""
+        return read_entries(self._connection, head, start, stop)
+
+    def ended(self, after: End | None, until: End, limit: int) -> Sequence[tuple[str, End]]:
+        """See `core.edits.StoredRuns`."""
+        rows = self._connection.execute(
+            "SELECT id, ended_at_ms, no FROM runs WHERE ended_at_ms IS NOT NULL"
+            " AND (ended_at_ms, no) > (?, ?) AND (ended_at_ms, no) <= (?, ?) ORDER BY ended_at_ms, no LIMIT ?",
+            (*(after or BEFORE_ALL), *until, limit),
+        )
+        return [(run_id, End(ended_at_ms, no)) for run_id, ended_at_ms, no in rows.fetchall()]
+
     def add(self, head: Head) -> Head:
         """See `core.edits.StoredRuns`."""
+        self._moved.append(head.run.id)
         self._insert(head)
         return head
 
-    def remove(self, head: Head) -> int:
+    def forget_moved(self) -> None:
+        """An edit was undone: what was read of the runs that it moved is void."""
+        for run_id in self._moved:
+            self._heads.pop(run_id)
+
+    def remove(self, head: Head) -> None:
         """See `core.edits.StoredRuns`."""
+        self._moved.append(head.run.id)
         self._new.pop(head.run.id, None)
         self._stored.pop(head.run.id, None)
         self._heads.pop(head.run.id)
@@ -147,9 +182,13 @@ class RunRows:
         execute("DELETE FROM runs WHERE no = ?", (head.no,))
         execute("DELETE FROM texts WHERE no = ?", (head.no,))
         self.drop_log(head.no)
-        return 0
 
     def drop_log(self, no: int) -> None:
         """The events of this number belong to no run any more: `sweep` removes them, and the number is used up."""
+        self.dropped = True
         self._connection.execute("INSERT INTO dropped VALUES (?)", (no,))
+        self.use_up()
+
+    def use_up(self) -> None:
+        """The numbers given out so far are used up, whether runs have them or not."""
         self._connection.execute("REPLACE INTO meta VALUES ('no', ?)", (str(self._last_no),))
