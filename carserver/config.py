@@ -27,41 +27,41 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """All settings of one daemon. `_bytes` are bytes, `_s` seconds, `_ms` milliseconds, everything else a count."""
 
     # Where it listens, and for whom.
-    host: str = "127.0.0.1"
+    host: str = "127.0.0.1"  # an address of this machine; what peers call it by otherwise goes into allow_host
     port: Port = 9100  # 0 picks a free one
     unix: str = ""  # path of a Unix socket to listen on, too; empty: none
     stdio: bool = False  # the parent process is a peer, the host: a frame a line on standard input and output
     state_dir: str = ""  # empty: $XDG_STATE_HOME/carserver
-    durability: Durability = "full"
+    durability: Durability = "full"  # an acknowledgement survives: a power cut; normal: a kill; memory: nothing
     auth: bool = True  # false is --no-auth: everyone is host; loopback only
     allow_host: tuple[str, ...] = ()  # names beside the loopback ones; the port is not looked at
     allow_origin: tuple[str, ...] = ()  # whole origins; an empty list refuses every Origin
     methods: tuple[str, ...] = ()  # modules of @method functions beside carserver's own
     auth_token: str | None = None  # instead of the state folder's file of that name
-    auth_token_file: str | None = None
-    host_token: str | None = None
-    host_token_file: str | None = None
-    log_level: LogLevel = "info"
+    auth_token_file: str | None = None  # a file that holds it
+    host_token: str | None = None  # likewise
+    host_token_file: str | None = None  # a file that holds it
+    log_level: LogLevel = "info"  # debug, info, warning or error
 
     # Messages and JSON.
     message_bytes: Bytes = 16 * MIB  # one message of an authenticated peer; above: close 1009
-    message_bytes_before_auth: Bytes = 64 * KIB
+    message_bytes_before_auth: Bytes = 64 * KIB  # one message of anybody else
     brackets: Count = 131_072  # opening ones in a message: each is an object to make, and 16 MiB of them stop the loop
     nesting: Count = 64  # brackets in a message, from its outermost one
     value_nesting: Count = 48  # brackets within an event, parameters or a value
-    batch_calls: Count = 64
-    id_chars: Count = 128
+    batch_calls: Count = 64  # requests in a batch
+    id_chars: Count = 128  # of a request's id
     frame_bytes: Bytes = 16 * MIB  # a frame to a peer; what does not fit is answered limit_exceeded
 
     # Runs.
-    event_bytes: Bytes = 1 * MIB
+    event_bytes: Bytes = 1 * MIB  # one event
     text_bytes: Bytes = 256 * KIB  # prompt, result text, error, each as UTF-8
-    metadata_bytes: Bytes = 64 * KIB
+    metadata_bytes: Bytes = 64 * KIB  # of a run
     name_chars: Count = 256  # names, keys, foreign ids: printable characters
     record_events: Count = 1_000  # events in one runs.record
-    run_events: Count = 1_000_000
-    page_entries: Count = 1_000
-    page_bytes: Bytes = 1 * MIB
+    run_events: Count = 1_000_000  # events of one run
+    page_entries: Count = 1_000  # entries of one page
+    page_bytes: Bytes = 1 * MIB  # and their bytes; one larger entry is a page
     list_entries: Count = 100  # of a runs.list that names no limit
     scan_entries: Count = 10_000  # entries that one filtered runs.events looks at
     scan_bytes: Bytes = 16 * MIB  # and their bytes: an entry may be 1 MiB, so the count alone bounds nothing
@@ -69,9 +69,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     interrupts_at_once: Count = 100  # runs interrupted in one go, so that the loop and the writer have others between
     interrupts_pause_s: Seconds = 0.02  # between two goes
 
+    # Outputs.
+    output_bytes: Bytes = 1 * MIB  # of an inline value: of the string, or of the compact JSON of another value
+    output_inline_bytes: Bytes = 4 * KIB  # above, outputs.list leaves an inline value out
+    output_slice_bytes: Bytes = 1 * MIB  # one outputs.read; as base64 or with escapes it fits a frame
+    output_parents: Count = 1_000  # each is looked up in the writer's transaction
+    file_root: str = ""  # folder that file references lie below; empty: there are none
+    file_bytes: Bytes = 1024 * MIB  # a file; all of it is read when it is appended
+    file_threads: Count = 2  # that read whole files, to append them; one more reads slices
+    file_queue: Count = 256  # files that wait for these; one more is overloaded
+
     # The live trace.
     subscription_events: Count = 1_024  # undelivered live events of one subscription
-    subscription_bytes: Bytes = 1 * MIB
+    subscription_bytes: Bytes = 1 * MIB  # and their bytes, or one larger event; then it catches up from the log
     subscriptions: Count = 1_024  # of one connection
     burst_bytes: Bytes = 64 * KIB  # frames of one commit joined for all viewers; a piece that a viewer takes or not
     catch_up_bytes: Bytes = 256 * KIB  # one page of a viewer that catches up; read when its outbox is a quarter full
@@ -79,9 +89,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     catch_up_retry_s: Seconds = 1.0  # before a page that could not be read is asked for again
     topics: Count = 10_000  # runs of which the loop keeps its copy though nobody watches them
     topics_bytes: Bytes = 64 * MIB  # and the bytes of their snapshots
+    watch_runs: Count = 1_024  # changed runs that wait for one who watches; then it lists again
+    watch_bytes: Bytes = 16 * MIB  # and their snapshots, or one larger: texts make one a MiB
+    watch_piece_bytes: Bytes = 64 * KIB  # of them in the outbox at a time, so that live traces have their turn
 
     # Connections.
-    connections: Count = 10_000
+    connections: Count = 10_000  # at once
     connections_per_address: Count = 256  # of one address other than loopback
     unauthenticated: Count = 64  # open ones; the oldest is dropped for the new one. Handshakes count as connections
     in_flight: Count = 64  # short requests of one connection; then its reading pauses
@@ -92,31 +105,52 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     high_water_bytes: Bytes = 256 * KIB  # of a socket's write buffer, in user space
     send_buffer_bytes: Bytes = 256 * KIB  # SO_SNDBUF: a stalled peer shows itself after this, not after megabytes
     handshake_bytes: Bytes = 16 * KIB  # request line and headers
-    handshake_s: Seconds = 10.0
-    auth_s: Seconds = 10.0
+    handshake_s: Seconds = 10.0  # for the whole of it
+    auth_s: Seconds = 10.0  # from the upgrade to the right token
     wrong_token_s: Seconds = 1.0  # before a wrong token is answered; a right one never waits
     write_s: Seconds = 10.0  # a write that waits this long for the high-water mark aborts the transport
-    ping_s: Seconds = 20.0
-    pong_s: Seconds = 20.0
+    ping_s: Seconds = 20.0  # between two pings
+    pong_s: Seconds = 20.0  # for the answer to one; then the connection is closed
     close_s: Seconds = 2.0  # for the peer's half of the closing handshake; then the transport is aborted
     backlog: Count = 1_024  # connections that the kernel holds until they are accepted
 
     # Storage.
     storage_s: Seconds = 25.0  # after which a request is answered deadline_exceeded; under the CAR client's 30
     write_queue: Count = 65_536  # commands that wait for the writer; one more is overloaded
-    write_queue_bytes: Bytes = 128 * MIB
+    write_queue_bytes: Bytes = 128 * MIB  # and their bytes
     read_queue: Count = 4_096  # reads that wait for a reader thread; one more is overloaded
     commit_commands: Count = 4_096  # in one transaction
-    commit_bytes: Bytes = 16 * MIB
+    commit_bytes: Bytes = 16 * MIB  # and their bytes
     writer_heads: Count = 4_096  # run heads that the writer keeps
-    writer_heads_bytes: Bytes = 64 * MIB
+    writer_heads_bytes: Bytes = 64 * MIB  # and their bytes
     wal_bytes: Bytes = 16 * MIB  # written, about, between two checkpoints
-    read_threads: Count = 2
+    read_threads: Count = 2  # for everything but the pages of those who catch up
+    backup_log_bytes: Bytes = 1024 * MIB  # to which the write-ahead log may grow while a backup is made
+    check_after_s: Seconds = 5.0  # before the structure of one that is larger is checked, beside the work
+    check_bytes: Bytes = 2 * MIB  # a database up to this is checked whole at the start, which takes 30 ms
     probe_s: Seconds = 1.0  # how often storage that failed is tried when nobody writes
+    prune_runs: Count = 100  # deleted in one transaction
+    prune_outputs: Count = 1_000  # likewise
+    imports: Count = 64  # runs that are being imported; one more, and the one that began first is dropped
+    import_lines: Count = 1_000  # in one runs.import
     sweep_events: Count = 2_000  # of deleted runs, removed in one transaction
-    sweep_pages: Count = 2_000  # of the file, given back in one transaction
+    sweep_bytes: Bytes = 4 * MIB  # and their bytes: every page that they take is looked at
+    sweep_pages: Count = 500  # of the file, given back in one transaction
     sweep_pause_s: Seconds = 0.05  # between two of these, so that what is recorded meanwhile does not wait
     retry_after_ms: Count = 1_000  # told to a peer that is asked to come back
+
+    # Retention: what the daemon prunes by itself, oldest ended first, never a live run. Unset: nothing.
+    retention_age_s: Annotated[float, msgspec.Meta(gt=0)] | None = None  # since a run's end
+    retention_runs: Count | None = None  # that stay
+    retention_bytes: Bytes | None = None  # of events and inline outputs that stay
+    retention_first_s: Seconds = 60.0  # after the start, when those who come back after a restart have come
+    retention_every_s: Seconds = 3_600.0
+
+    # Hooks.
+    hook_s: Seconds = 5.0  # for one call; contract, section 9
+    hook_queue: Count = 1_024  # calls that wait for one hook; one more is left out
+    hook_queue_bytes: Bytes = 16 * MIB  # and their bytes: the reason of a cancel may be text_bytes long
+    hook_hanging: Count = 4  # calls of one hook that were given up and hang in their threads; then it rests
 
     # The end.
     drain_s: Seconds = 8.0  # from TERM to exit

@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
+from secrets import token_hex
 from types import ModuleType
 from typing import Any
 
@@ -25,30 +26,40 @@ import uvloop
 from carserver import __version__
 from carserver.config import Settings
 from carserver.core.counters import Counters
+from carserver.core.outputstore import OutputStore
 from carserver.core.principals import Principal, Secrets, principal_of_token
+from carserver.core.prune import Pruner
+from carserver.core.retention import Retention
 from carserver.core.runstore import RunStore
 from carserver.front.handshake import Policy, policy_of
+from carserver.front.notify import READY, STOPPING, notify
 from carserver.front.pages import Pages
-from carserver.front.websocket import Front
-from carserver.methods import runs, server, session, trace
+from carserver.front.stdio import Stdio
+from carserver.front.unix import UnixError, listen
+from carserver.front.websocket import Entrances, Front
+from carserver.hooks import InstalledHooks
+from carserver.methods import outputs, runs, server, session, trace, transfer, watch
 from carserver.protocol.codec import encode
-from carserver.protocol.server import Counts, OutboxDepths, ServerStatus
+from carserver.protocol.server import BackedUp, Counts, OutboxDepths, ServerStatus
 from carserver.rpc.dispatcher import Dispatcher
 from carserver.rpc.method import Table
 from carserver.rpc.openrpc import document
 from carserver.rpc.session import Services
-from carserver.stores.folder import StateFolder, default_state_dir
+from carserver.stores.files import FilePool, FileRoot, FileRootError
+from carserver.stores.folder import FolderError, StateFolder, default_state_dir
 from carserver.stores.schema import StorageError
 from carserver.stores.sqlite import SqliteStore
 
 log = logging.getLogger("carserver")
 
-METHOD_MODULES: tuple[ModuleType, ...] = (session, runs, trace, server)
+METHOD_MODULES: tuple[ModuleType, ...] = (session, runs, outputs, trace, watch, transfer, server)
 DATABASE = "carserver.db"
 _OTHER_DESCRIPTORS = 64  # files, pipes and what libraries open
 _POLL_S = 0.02  # between two looks at what the drain waits for
 _GC_THRESHOLDS = (50_000, 20, 50)  # a large message makes that many objects, none of them garbage
 _LAST_SHARE = 1 / 8  # of the drain's time: for storage to close, when peers that do not read took all the rest
+# "Every address" is no name of a Host: the commands of this machine, who read endpoint.json, would be refused for it.
+_LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - it is listened on where an operator says so
 _HEARTBEAT_S = 0.25  # between two looks at how late the loop is
 
 
@@ -60,9 +71,11 @@ def run(settings: Settings) -> int:
     """Runs the daemon until it is told to stop; its exit code.
 
     Raises:
-        StartError: a taken port, a method module that cannot be used, storage that cannot be opened.
+        StartError: a taken port or path, a closed standard stream, a method module that cannot be used, storage that
+            cannot be opened.
         FolderError: the state folder is held by another daemon, or is not fit to be used.
     """
+    stdio = _stdio() if settings.stdio else None  # before anything else might print, or read
     _raise_descriptor_limit(settings)
     folder = StateFolder(Path(settings.state_dir) if settings.state_dir else default_state_dir())
     folder.lock()
@@ -70,10 +83,10 @@ def run(settings: Settings) -> int:
     try:
         with _database_folder(settings, folder) as database_folder:
             table = _table(settings)
-            sock = _bind(settings)
-            secrets = folder.secrets(settings)
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                return runner.run(_serve(settings, folder, secrets, database_folder, table, sock))
+            with _entrances(settings, stdio) as entrances:
+                secrets = folder.secrets(settings)
+                with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                    return runner.run(_serve(settings, folder, secrets, database_folder, table, entrances))
     finally:
         folder.unlock()
 
@@ -90,15 +103,20 @@ def _raise_descriptor_limit(settings: Settings) -> None:
 
 
 async def _serve(
-    settings: Settings, folder: StateFolder, secrets: Secrets, database_folder: Path, table: Table, sock: socket.socket
+    settings: Settings, folder: StateFolder, secrets: Secrets, database_folder: Path, table: Table, entrances: Entrances
 ) -> int:
     authority = Authority(secrets)
     try:
         policy = policy_of(settings, authority.principal_of)
-        daemon = Daemon(settings, authority, policy, database_folder / DATABASE, table)
-    except (StorageError, ValueError) as error:
+        file_root = _file_root(settings, folder.path, database_folder)
+        daemon = Daemon(settings, authority, policy, database_folder / DATABASE, table, file_root)
+    except (StorageError, FileRootError, ValueError) as error:
         raise StartError(str(error)) from None
-    return await daemon.serve(sock, folder)
+    return await daemon.serve(entrances, folder)
+
+
+def _file_root(settings: Settings, *apart: Path) -> FileRoot | None:
+    return FileRoot(Path(settings.file_root).expanduser(), settings.file_bytes, apart) if settings.file_root else None
 
 
 @contextlib.contextmanager
@@ -134,6 +152,26 @@ def _table(settings: Settings) -> Table:
         raise StartError(f"--methods: {error}") from error
 
 
+def _stdio() -> Stdio:
+    try:
+        return Stdio()
+    except OSError as error:
+        raise StartError(f"--stdio: standard input, output or error is closed: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def _entrances(settings: Settings, stdio: Stdio | None) -> Iterator[Entrances]:
+    """Where peers come in. The file of the Unix socket is gone afterwards."""
+    with contextlib.ExitStack() as stack:
+        unix = None
+        if settings.unix:
+            try:
+                unix = stack.enter_context(listen(Path(settings.unix).expanduser(), settings.backlog))
+            except UnixError as error:
+                raise StartError(str(error)) from None
+        yield Entrances(_bind(settings), unix, stdio)
+
+
 def _bind(settings: Settings) -> socket.socket:
     """The listening socket. Its send buffer is inherited: a stalled peer shows itself after that, not megabytes on."""
     family, _, _, _, address = _resolve(settings)
@@ -158,6 +196,10 @@ def _resolve(settings: Settings) -> tuple[Any, ...]:
         raise StartError(f"--host {settings.host!r}: {error.strerror}") from None
 
 
+def _url(host: str, port: int) -> str:
+    return f"ws://[{host}]:{port}" if ":" in host else f"ws://{host}:{port}"
+
+
 class LoopClock:
     """Time and timers of the running loop; implements `core.runstore.Clock`."""
 
@@ -178,6 +220,11 @@ class LoopClock:
         task.add_done_callback(self._tasks.discard)
 
 
+def new_output_id() -> str:
+    """A random name for an output."""
+    return f"out-{token_hex(5)}"
+
+
 class Authority:
     """Implements `rpc.session.Authority` with the secrets of the state folder."""
 
@@ -192,7 +239,15 @@ class Authority:
 class Daemon:
     """One daemon; implements `rpc.session.Daemon`. Made on a running loop."""
 
-    def __init__(self, settings: Settings, authority: Authority, policy: Policy, database: Path, table: Table) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        authority: Authority,
+        policy: Policy,
+        database: Path,
+        table: Table,
+        file_root: FileRoot | None = None,
+    ) -> None:
         self._settings = settings
         self._table = table
         self.boot_id = self.new_id()
@@ -206,10 +261,17 @@ class Daemon:
         self.clock = LoopClock()
         self._started_s = self.clock.monotonic()
         self.store = SqliteStore(database, self.boot_id, settings, self.counters, self._storage_is_lost)
-        self.runs = RunStore(self.store, self.clock, settings, self.counters)
+        self.hooks = InstalledHooks(settings, self.counters)
+        self.runs = RunStore(self.store, self.clock, settings, self.counters, self.hooks)
         self.store.on_commit(self.runs.committed)
+        self.files = None if file_root is None else FilePool(file_root, settings, self.counters)
+        outputs_ = OutputStore(self.store, self.files, new_output_id, settings, self.counters)
+        pruner = Pruner(self.store, settings, self.counters, lambda: self.draining)
+        self.retention = Retention(pruner, self.clock, settings, self.counters)
         services = Services(
             runs=self.runs,
+            outputs=outputs_,
+            pruner=pruner,
             daemon=self,
             authority=authority,
             clock=self.clock,
@@ -219,30 +281,47 @@ class Daemon:
         pages = Pages(self._problem, self._metrics, self.discover)
         self.front = Front(services, Dispatcher(table, services), policy, pages.answer)
 
-    async def serve(self, sock: socket.socket, folder: StateFolder) -> int:
-        """Listens, says so, and works until a signal; the exit code."""
+    async def serve(self, entrances: Entrances, folder: StateFolder) -> int:
+        """Listens, says so, and works until a signal, or the end of standard input; the exit code."""
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._defect)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
-        await self.front.listen(sock)
+        await self.front.listen(entrances, self._parent_has_ended)
         self.runs.found_live(self.store.found_live, self.store.old_boot_id or "unknown")
-        host, port = sock.getsockname()[:2]
-        url = f"ws://[{host}]:{port}" if ":" in host else f"ws://{host}:{port}"
-        folder.write_endpoint(url, os.getpid(), self.boot_id)
+        host, port = entrances.tcp.getsockname()[:2]
+        url = _url(host, port)
+        self._tell_endpoint(folder, _url(_LOOPBACK_OF.get(host, host), port))
+        self.retention.start()
         self._beat()
         gc.collect()
         gc.freeze()  # what is there now stays: the collector need not look at it again
         gc.set_threshold(*_GC_THRESHOLDS)
         log.info("carserver %s is ready at %s", __version__, url, extra={"boot_id": self.boot_id})
-        sys.stdout.write(f"listening on {url}\n")
-        sys.stdout.flush()
+        announced = sys.stderr if entrances.stdio else sys.stdout
+        announced.write(f"listening on {url}\n")
+        announced.flush()
+        notify(READY, f"listening on {url}")
+        self.hooks.start()
         await self._stopping.wait()
         try:
             await self._drain(folder)
         finally:
             folder.remove_endpoint()
         return self._exit_code
+
+    def _tell_endpoint(self, folder: StateFolder, url: str, *, again: bool = False) -> None:
+        """Tells the commands where this daemon listens; on a full disk, as soon as there is room."""
+        if self.draining:
+            return
+        try:
+            folder.write_endpoint(url, os.getpid(), self.boot_id)
+        except FolderError as error:
+            if not again:
+                log.warning(
+                    "endpoint.json has to wait (%s): until there is room, the commands need --url %s", error, url
+                )
+            self.clock.call_later(self._settings.probe_s, lambda: self._tell_endpoint(folder, url, again=True))
 
     def _signalled(self) -> None:
         if self._signals:
@@ -251,6 +330,12 @@ class Daemon:
         self._signals += 1
         log.info("draining: what is under way has %g s", self._settings.drain_s)
         self._stopping.set()
+
+    def _parent_has_ended(self) -> None:
+        """Standard input has ended, or nobody reads standard output."""
+        if not self._stopping.is_set():
+            log.info("the parent has ended: draining")
+            self._stopping.set()
 
     def _defect(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """An exception that nobody waited for."""
@@ -266,19 +351,25 @@ class Daemon:
     async def _drain(self, folder: StateFolder) -> None:
         """New work is refused, what is under way is finished, every peer is told: within `drain_s`."""
         self.draining = True
+        notify(STOPPING, "draining")
         deadline = self.clock.monotonic() + self._settings.drain_s
         self.front.stop_listening()
         self.front.announce_drain()
+        self.store.give_up_backup("the daemon drains")
         # Half of the time is for the requests, the other half for the peers to take their answers.
         await self._until(lambda: not self.front.in_flight(), deadline - self._settings.drain_s / 2)
         self.front.close_all()
         last_s = self._settings.drain_s * _LAST_SHARE
-        await self._until(lambda: not self.front.connections, deadline - last_s)
+        await self._until(lambda: self.front.all_gone, deadline - last_s)
         self.front.abort_all()
+        if self.files:
+            self.files.close()
         if not await self.store.close(max(deadline - self.clock.monotonic(), last_s)):
             log.error("storage did not come to an end within drain_s: exiting without it; nothing acknowledged is lost")
             folder.remove_endpoint()
             os._exit(self._exit_code or 1)
+        await self._until(lambda: self.hooks.idle, deadline)
+        self.hooks.close()
 
     async def _until(self, done: Callable[[], bool], deadline: float) -> None:
         while not done() and self.clock.monotonic() < deadline:  # noqa: ASYNC110 - it depends on every connection, and
@@ -323,6 +414,10 @@ class Daemon:
         """A random UUID."""
         return str(uuid.uuid4())
 
+    async def backup(self, path: str) -> BackedUp:
+        """A copy of the database."""
+        return await self.store.backup(path)
+
     async def sleep(self, seconds: float) -> None:
         """Waits."""
         await asyncio.sleep(seconds)
@@ -351,12 +446,20 @@ class Daemon:
             "outbox_bytes": (total, "Bytes that wait for peers, all together"),
             "outbox_largest_bytes": (largest, "Bytes that wait for the slowest peer"),
             "topics": (self.runs.hub.topics, "Runs of which the loop keeps its copy"),
+            "watches": (len(self.runs.watchers), "Connections that watch all runs"),
+            "watch_waiting": (self.runs.watchers.waiting, "Changed runs that wait for who watches, all together"),
+            "files_waiting": (self.files.waiting if self.files else 0, "Files that wait to be read, or are read"),
             "catch_up_waiting": (self.runs.hub.waiting, "Subscriptions that wait for a page of their log"),
+            "hook_waiting": (self.hooks.waiting, "Calls of hooks that wait or are being made"),
+            "hook_hanging": (self.hooks.hanging, "Calls of hooks that were given up and have not come back"),
             "storage_waiting_bytes": (self.store.waiting_bytes, "Bytes of changes that wait for the writer"),
             "storage_waiting_commands": (storage.waiting_commands, "Changes that wait for the writer"),
             "storage_waiting_reads": (self.store.waiting_reads, "Reads that wait for a reader"),
+            "storage_sweep_waiting": (self.store.sweeping, "1 while events of deleted runs wait to be removed"),
+            "storage_imports_given_up": (self.store.imports_given_up, "Unfinished imports dropped for newer ones"),
             "storage_database_bytes": (storage.database_bytes, "Size of the database file"),
             "storage_log_bytes": (storage.log_bytes, "Size of the write-ahead log"),
+            "storage_damage": (self.store.damage.count, "Times that a read or a change met damage"),
             "storage_writable": (storage.problem is None, "1 while storage takes writes"),
             "loop_lag_seconds": (lag, "How late the event loop was at most since the last scrape"),
         }

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple, Protocol
 
 from carserver.core.attendance import Attendant
 from carserver.core.commands import Applied, Command
-from carserver.core.edits import Edit, Edited
+from carserver.core.edits import Edit, Edited, End
 from carserver.core.runs import Entry, Head
 from carserver.protocol.errors import ErrorKind, RpcError
-from carserver.protocol.runs import ListRuns
+from carserver.protocol.runs import ListRuns, Status
 
 
 class Committed(NamedTuple):
@@ -41,11 +41,52 @@ class Place(NamedTuple):
     no: int
 
 
+class Criteria(NamedTuple):
+    """What shall go: what ended before that time, and the oldest ended of what is more than that many or that much."""
+
+    before_ms: int | None = None
+    max_runs: int | None = None
+    max_bytes: int | None = None
+
+
+class Plan(NamedTuple):
+    """What would go by some criteria: the runs that are over up to `until`, and the first of their ids.
+
+    `bytes` is what the events and the outputs of these runs take, and the outputs without a run.
+    """
+
+    runs: int = 0
+    outputs: int = 0
+    bytes: int = 0
+    ids: Sequence[str] = ()
+    until: End | None = None
+
+
+class Hooks(Protocol):
+    """What is to be told of runs beside the peers: called on the loop once a change is durable; it only takes note."""
+
+    def run_created(self, run_id: str, session_id: str) -> None:
+        """A run is there; not one that was imported."""
+        ...
+
+    def run_cancelled(self, run_id: str, session_id: str, reason: str) -> None:
+        """A run was cancelled; that it ended is said next."""
+        ...
+
+    def run_ended(self, run_id: str, session_id: str, status: Status) -> None:
+        """A run came to be over: with a final status, or interrupted, after which it may go on and end again."""
+        ...
+
+
 class Damaged(RpcError):
     """What is stored is missing, or not what was stored: reading it again will not help."""
 
     def __init__(self, message: str) -> None:
         super().__init__(ErrorKind.UNAVAILABLE, message, outcome="not_done")
+
+
+class Deleted(Damaged):
+    """What was asked for is missing because its run was deleted meanwhile: no damage."""
 
 
 CallLater = Callable[[float, Callable[[], None]], object]
@@ -93,4 +134,16 @@ class RunLog(PageReader, Protocol):
 
         Where they fill more than a page, it ends with the one that does not fit, the second at the earliest.
         """
+        ...
+
+
+class PruneLog(Protocol):
+    """What pruning wants of a `RunLog`."""
+
+    async def edit(self, edit: Edit) -> Any:
+        """See `RunLog`."""
+        ...
+
+    async def plan(self, criteria: Criteria, ids: int) -> Plan:
+        """What would go by `criteria`, with at most so many `ids`."""
         ...

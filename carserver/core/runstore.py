@@ -5,14 +5,15 @@ from typing import Any, Protocol
 
 from carserver.config import Settings
 from carserver.core.attendance import Attendance, Attendant
-from carserver.core.commands import Cancel, Command, Interrupt
+from carserver.core.commands import Cancel, Command, Create, Interrupt
 from carserver.core.counters import Counters
 from carserver.core.edits import Edit, Edited
 from carserver.core.hub import Hub
-from carserver.core.ports import Committed, Damaged, Done, Place, RunLog, Scan
+from carserver.core.ports import Committed, Damaged, Done, Hooks, Place, RunLog, Scan
 from carserver.core.principals import HOST, Principal, visible
 from carserver.core.runs import Head, LiveRun
 from carserver.core.subscription import Topic
+from carserver.core.watch import Watchers
 from carserver.protocol.errors import RpcError, not_found
 from carserver.protocol.frames import notification
 from carserver.protocol.runs import ListRuns, RunCancelled
@@ -48,13 +49,18 @@ class RunStore:
         clock: Time, timers.
         settings: The bounds.
         counters: What is counted.
+        hooks: What else is told of runs.
     """
 
-    def __init__(self, log: RunLog, clock: Clock, settings: Settings, counters: Counters) -> None:
+    def __init__(
+        self, log: RunLog, clock: Clock, settings: Settings, counters: Counters, hooks: Hooks | None = None
+    ) -> None:
         self._log = log
         self._clock = clock
         self._counters = counters
+        self._hooks = hooks
         self.hub = Hub(log, clock.call_later, settings, counters)
+        self.watchers = Watchers(settings, counters)
         self.attendance = Attendance(settings, clock.monotonic, clock.call_later, self._interrupt)
 
     async def change(self, command: Command, by: Attendant | None) -> Any:
@@ -92,10 +98,12 @@ class RunStore:
                 commands = []
                 self._edited(change.edited)
         self._changed(commands)
+        self.watchers.move()
 
     def _changed(self, changes: Sequence[Committed]) -> None:
         try:
             self.hub.publish((change.applied.head, change.applied.entries, change.applied.ended) for change in changes)
+            self.watchers.publish((change.before, change.applied.head) for change in changes)
         finally:
             for change in changes:
                 self._attend(change)
@@ -109,14 +117,29 @@ class RunStore:
             self._counters.runs_interrupted += 1
         attends = by if command.attends and by is not None and not by.closed else None
         self.attendance.changed(applied.head, attends)
+        if self._hooks is not None:
+            self._tell_hooks(self._hooks, change)
+
+    @staticmethod
+    def _tell_hooks(hooks: Hooks, change: Committed) -> None:
+        command, run = change.command, change.applied.head.run
+        if change.before is None and isinstance(command, Create):
+            hooks.run_created(run.id, run.session_id)
+        if change.applied.ended:
+            if isinstance(command, Cancel):
+                hooks.run_cancelled(run.id, run.session_id, command.reason)
+            hooks.run_ended(run.id, run.session_id, run.status)
 
     def _edited(self, edited: Edited) -> None:
         for head in edited.appeared:
+            self._counters.runs_imported += 1
             self.hub.publish([(head, (), False)])
             self.attendance.changed(head, None)
         for head in edited.deleted:
             self._counters.runs_deleted += 1
             self.hub.close(head.run.id, DELETED)
+        self.watchers.publish((None, head) for head in edited.appeared)
+        self.watchers.deleted(edited.deleted)
 
     async def topic(self, run_id: str, principal: Principal) -> Topic:
         """A run that `principal` may see, as the loop knows it.

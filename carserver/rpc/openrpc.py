@@ -7,8 +7,8 @@ import msgspec
 from msgspec import Raw
 
 from carserver.protocol.errors import ErrorKind
-from carserver.protocol.runs import RunCancelled, TraceClosed, TraceEvent
-from carserver.protocol.server import Draining
+from carserver.protocol.runs import RunCancelled, RunChanged, TraceClosed, TraceEvent, WatchReset
+from carserver.protocol.server import Closing, Draining
 from carserver.rpc.dispatcher import UNDECLARED
 from carserver.rpc.method import Method, Table
 
@@ -18,7 +18,10 @@ NOTIFICATIONS: Mapping[str, tuple[Any, str]] = {
     "runs.trace.event": (TraceEvent, "The next record of a run's live trace, to its subscribers."),
     "runs.trace.closed": (TraceClosed, "A live trace cannot go on; the reason says why."),
     "runs.cancelled": (RunCancelled, "A run was cancelled; to the connections that attend it."),
+    "runs.changed": (RunChanged, "A run appeared or changed; to who watches. Its newest snapshot by then."),
+    "runs.watch.reset": (WatchReset, "Changes were not told, or runs were deleted: list again; to who watches."),
     "server.draining": (Draining, "The daemon stops: the connection is about to be closed with 1012."),
+    "server.closing": (Closing, "The last line on a Unix socket or standard output: why the connection ends."),
 }
 """What the daemon sends on its own: the type of its params, and when."""
 

@@ -8,11 +8,16 @@ from msgspec import Struct
 from carserver.config import Settings
 from carserver.core.counters import Counters
 from carserver.core.outbox import Outbox
+from carserver.core.outputstore import OutputStore
 from carserver.core.principals import Principal
+from carserver.core.prune import Pruner
 from carserver.core.runstore import Clock, RunStore
 from carserver.core.subscription import Subscription
+from carserver.core.watch import Watch
 from carserver.protocol.closing import Close
-from carserver.protocol.server import ServerStatus
+from carserver.protocol.frames import notification
+from carserver.protocol.runs import WatchReset
+from carserver.protocol.server import BackedUp, ServerStatus
 
 Callback = Callable[[bool], None]
 """What is to happen once a reply is queued; it is told whether that says what the method answered."""
@@ -46,6 +51,14 @@ class Daemon(Protocol):
         """A random UUID (version 4)."""
         ...
 
+    async def backup(self, path: str) -> BackedUp:
+        """A copy of all that is stored, as a new file.
+
+        Raises:
+            RpcError: invalid_params, overloaded, unavailable.
+        """
+        ...
+
     async def sleep(self, seconds: float) -> None:
         """Waits."""
         ...
@@ -55,6 +68,8 @@ class Services(Struct, frozen=True):
     """Everything a method may use: the stores and the daemon, never a socket or a file."""
 
     runs: RunStore
+    outputs: OutputStore
+    pruner: Pruner
     daemon: Daemon
     authority: Authority
     clock: Clock
@@ -95,6 +110,7 @@ class Session:
         transport: Its connection.
         services: The daemon's.
         principal: Who it acts as, if that is known already.
+        provisional: Whether `session.auth` may change that (contract, section 5: where a Unix socket gave the first).
     """
 
     def __init__(
@@ -104,17 +120,21 @@ class Session:
         transport: Transport,
         services: Services,
         principal: Principal | None = None,
+        *,
+        provisional: bool = False,
     ) -> None:
         self.client_id = client_id
         self.outbox = outbox
         self.transport = transport
         self.services = services
         self.principal = principal
+        self.provisional = provisional
         self.dialect = ""
         self.closed = False
         self.in_flight = 0  # requests that finish without the peer
         self.waiting = 0  # requests that wait on someone
         self.subscriptions: dict[str, Subscription] = {}
+        self.watch: Watch | None = None
 
     @property
     def acting(self) -> Principal:
@@ -123,9 +143,22 @@ class Session:
         return self.principal
 
     def authenticate(self, principal: Principal) -> None:
-        """From now on the session acts as `principal`."""
+        """From now on the session acts as `principal`; what it attended, followed and watched as somebody else ends."""
+        if self.principal not in (None, principal):
+            self._begin_anew(f"this connection acts as {principal.name} now")
         self.principal = principal
         self.transport.authenticated()
+
+    def _begin_anew(self, reason: str) -> None:
+        """Nothing is left of who it was: the new principal may not see, or own, what that one did. The peer is told."""
+        runs = self.services.runs
+        runs.attendance.leave(self)
+        for subscription in list(self.subscriptions.values()):
+            runs.hub.end(subscription, f"{reason}: subscribe again")
+        if self.watch is not None:
+            runs.watchers.drop(self.watch)
+            self.watch = None
+            self.outbox.send(notification("runs.watch.reset", WatchReset(reason=f"{reason}: watch again")))
 
     def deliver(self, _id: bytes | None, reply: bytes | None, then: Callback | None) -> None:
         """One call is done (`dispatcher.Receiver`): its reply is queued, then `then` happens."""
@@ -154,11 +187,13 @@ class Session:
         self.transport.progressed()
 
     def close(self) -> None:
-        """The connection has ended: its subscriptions go, and it attends nothing any more."""
+        """The connection has ended: its subscriptions and its watch go, and it attends nothing any more."""
         if self.closed:
             return
         self.closed = True
         for subscription in list(self.subscriptions.values()):
             self.services.runs.hub.drop(subscription)
+        if self.watch is not None:
+            self.services.runs.watchers.drop(self.watch)
         self.services.runs.attendance.leave(self)
         self.outbox.discard()

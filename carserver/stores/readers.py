@@ -11,24 +11,27 @@ from typing import Any, TypeVar
 
 from carserver.core.ports import Damaged
 from carserver.protocol.errors import RpcError, unavailable
+from carserver.stores.damage import Unreadable, in_words, is_damage
 from carserver.stores.schema import open_reader
 
 T = TypeVar("T")
 
 log = logging.getLogger("carserver.storage")
 
-_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
-
 
 class Readers:
-    """A pool of `threads`, and as many connections, opened at once: later there may be no descriptors left."""
+    """A pool of `threads`, and as many connections, opened at once: later there may be no descriptors left.
 
-    def __init__(self, path: Path, threads: int, name: str) -> None:
+    `damaged` is called in a thread of it with what was found damaged, before its caller is told.
+    """
+
+    def __init__(self, path: Path, threads: int, name: str, damaged: Callable[[Damaged], None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._connections = [open_reader(path) for _ in range(threads)]
         self._free: SimpleQueue[sqlite3.Connection] = SimpleQueue()
         for connection in self._connections:
             self._free.put(connection)
+        self._damaged = damaged
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
         self.waiting = 0
 
@@ -41,8 +44,13 @@ class Readers:
             result: T | Exception
             try:
                 result = read(connection, *args)
-            except sqlite3.Error as error:
+            except Unreadable as error:
                 result = _unreadable(error)
+                if isinstance(result, Damaged):
+                    self._damaged(result)
+            except Damaged as error:
+                self._damaged(error)
+                result = error
             except RpcError as error:
                 result = error
             except Exception as error:
@@ -68,9 +76,7 @@ class Readers:
             connection.close()
 
 
-def _unreadable(error: sqlite3.Error) -> RpcError:
-    # Without a code it is the module's own: a text that is no UTF-8 any more.
-    if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) in _DAMAGED:
-        log.error("the database is damaged: %s; restore a backup of it", error)
-        return Damaged(f"storage is damaged: {error}")
+def _unreadable(error: Exception) -> RpcError:
+    if is_damage(error):
+        return Damaged(f"storage is damaged: {in_words(error)}")
     return unavailable(f"storage cannot be read: {error}")

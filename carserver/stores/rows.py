@@ -5,14 +5,16 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
+from uuid import uuid4
 
 import msgspec
-from msgspec import Raw
+from msgspec import UNSET, Raw
 
 from carserver.core.commands import Batch
-from carserver.core.ports import Damaged, Place, Scan
+from carserver.core.ports import Damaged, Deleted, Place, Scan
 from carserver.core.runs import Entry, Head, LiveRun
 from carserver.protocol.runs import LIVE, STATUSES, ListRuns, Recorded, Snapshot
+from carserver.stores.lookups import check_neighbours
 from carserver.stores.schema import SEQUENCE_BITS, row_checksum
 
 RUN_COLUMNS = (
@@ -20,9 +22,11 @@ RUN_COLUMNS = (
     " status, event_count, updated_at_ms, ended_at_ms, last_at_ms, revision, endings, log_bytes"
 )
 _RUN_VALUES = len(RUN_COLUMNS.split(","))
+_REVISION = RUN_COLUMNS.split(", ").index("revision")
 TEXTS = ("prompt", "outcome_description", "metadata", "result_text", "error", "cancel_reason", "interrupted_reason")
-_HEADS = f"SELECT {RUN_COLUMNS}, runs.checksum, {', '.join(TEXTS)}, texts.checksum FROM runs JOIN texts USING (no)"  # noqa: S608 - constants
+_HEADS = f"SELECT {RUN_COLUMNS}, runs.checksum, {', '.join(TEXTS)}, texts.checksum FROM runs LEFT JOIN texts USING (no)"  # noqa: S608 - constants
 _LIVE_CODES = ", ".join(str(STATUSES.index(status)) for status in sorted(LIVE))
+_BATCHES = "SELECT no, batch_id, digest, first_sequence, count, status, checksum FROM batches"
 _checksummed = struct.Struct("<qqB").pack
 
 
@@ -73,9 +77,15 @@ def texts_row(head: Head) -> tuple[Any, ...]:
     run = head.run
     values = (
         head.no,
-        *(bytes(run.metadata) if name == "metadata" and run.metadata else getattr(run, name) for name in TEXTS),
+        *(_text(run, name) for name in TEXTS),
     )
     return (*values, row_checksum(*values))
+
+
+def _text(run: Snapshot, name: str) -> Any:
+    if name == "metadata":
+        return bytes(run.metadata) if run.metadata else None
+    return getattr(run, name)
 
 
 def head_of(row: Sequence[Any]) -> Head:
@@ -104,7 +114,7 @@ def head_of(row: Sequence[Any]) -> Head:
         interrupted_reason=interrupted,
         event_count=count,
         parent_run_id=parent,
-        metadata=None if metadata is None else Raw(metadata),
+        metadata=UNSET if metadata is None else Raw(metadata),
         ended_at_ms=ended,
         outcome_description=outcome,
         epoch=epoch,
@@ -125,6 +135,7 @@ def read_head(connection: sqlite3.Connection, run_id: str) -> Head | None:
     """The head of a run; None if there is none."""
     row = connection.execute(f"{_HEADS} WHERE id = ?", (run_id,)).fetchone()
     if row is None:
+        check_neighbours(connection, "sqlite_autoindex_runs_1", (run_id,))
         return None
     head = head_of(row)
     if head.run.id != run_id:
@@ -133,16 +144,16 @@ def read_head(connection: sqlite3.Connection, run_id: str) -> Head | None:
 
 
 def read_batch(connection: sqlite3.Connection, head: Head, batch_id: str) -> Batch | None:
-    """What is kept of a batch of a run."""
-    row = connection.execute(
-        "SELECT no, batch_id, digest, first_sequence, count, status, checksum FROM batches"
-        " WHERE no = ? AND batch_id = ?",
-        (head.no, batch_id),
-    ).fetchone()
-    if row is None:
+    """What is kept of a batch of a run.
+
+    Raises:
+        Damaged: it is not what was stored; or it is not there, and what stands beside its place is not (`lookups`).
+    """
+    key = (head.no, batch_id)
+    row = _batch(connection, f"{_BATCHES} WHERE (no, batch_id) >= (?, ?) ORDER BY no, batch_id LIMIT 1", key)
+    if row is None or row[:2] != key:
+        _batch(connection, f"{_BATCHES} WHERE (no, batch_id) < (?, ?) ORDER BY no DESC, batch_id DESC LIMIT 1", key)
         return None
-    if row_checksum(*row[:-1]) != row[-1]:
-        raise Damaged(f"what is kept of batch {batch_id!r} of run {head.run.id!r} is damaged")
     _, _, digest, first, count, status, _ = row
     answer = Recorded(
         run_id=head.run.id, first_sequence=first, count=count, cursor=first + count, status=STATUSES[status]
@@ -150,16 +161,66 @@ def read_batch(connection: sqlite3.Connection, head: Head, batch_id: str) -> Bat
     return Batch(batch_id, digest, answer)
 
 
+def _batch(connection: sqlite3.Connection, query: str, key: tuple[int, str]) -> tuple[Any, ...] | None:
+    row: tuple[Any, ...] | None = connection.execute(query, key).fetchone()
+    if row is not None and row_checksum(*row[:-1]) != row[-1]:
+        raise Damaged(f"what is kept of batches is damaged, at or beside {key[1]!r} of the run with number {key[0]}")
+    return row
+
+
 def read_live(connection: sqlite3.Connection) -> list[LiveRun]:
-    """The runs that are live."""
-    rows = connection.execute(f"SELECT id, revision FROM runs WHERE status IN ({_LIVE_CODES})")  # noqa: S608 - constants
-    return [LiveRun(*row) for row in rows]
+    """The runs that are live.
+
+    Raises:
+        Damaged: the row of one is not what was stored.
+    """
+    rows = connection.execute(f"SELECT {RUN_COLUMNS}, checksum FROM runs WHERE status IN ({_LIVE_CODES})")  # noqa: S608 - constants
+    found = []
+    for *values, stored in rows:
+        if row_checksum(*values) != stored:
+            raise Damaged(f"run {values[1]!r} is stored under number {values[0]!r}, and its row is damaged")
+        found.append(LiveRun(values[1], values[_REVISION]))
+    return found
 
 
-def swap_meta(connection: sqlite3.Connection, name: str, value: str) -> str | None:
-    """Keeps a word about the database itself; the one that was there before."""
-    row = connection.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
-    connection.execute("REPLACE INTO meta VALUES (?, ?)", (name, value))
+def read_heads(connection: sqlite3.Connection) -> Iterator[Head]:
+    """Every head, by number.
+
+    Raises:
+        Damaged: one is not what was stored.
+    """
+    for row in connection.execute(f"{_HEADS} ORDER BY no"):
+        yield head_of(row)
+
+
+def mark_copied(connection: sqlite3.Connection) -> None:
+    """Says of a file that is made of another one that its logs will go on by themselves: see `renew_epochs`."""
+    connection.execute("REPLACE INTO meta VALUES ('copied', '')")
+
+
+def renew_epochs(connection: sqlite3.Connection) -> None:
+    """In a copy that is used for the first time, every log gets a new epoch.
+
+    Its runs may be behind what viewers saw of them before: a cursor of theirs must not be taken for a place in what is
+    recorded from now on. A damaged row stays as it is, to be found.
+    """
+    if connection.execute("SELECT 1 FROM meta WHERE name = 'copied'").fetchone() is None:
+        return
+    connection.create_function("row_checksum", -1, row_checksum, deterministic=True)
+    renewed = RUN_COLUMNS.replace(" epoch,", " :fresh || '-' || no,")
+    connection.execute("BEGIN IMMEDIATE")
+    connection.execute(
+        f"UPDATE runs SET epoch = :fresh || '-' || no, checksum = row_checksum({renewed})"  # noqa: S608 - constants
+        f" WHERE checksum = row_checksum({RUN_COLUMNS})",
+        {"fresh": str(uuid4())},
+    )
+    connection.execute("DELETE FROM meta WHERE name = 'copied'")
+    connection.execute("COMMIT")
+
+
+def read_boot_id(connection: sqlite3.Connection) -> str | None:
+    """Of the daemon that had the file last; None if it is new."""
+    row = connection.execute("SELECT value FROM meta WHERE name = 'boot_id'").fetchone()
     return None if row is None else row[0]
 
 
@@ -184,6 +245,8 @@ def read_entries(connection: sqlite3.Connection, head: Head, start: int, stop: i
         cursor.close()
     if key - first + start < stop:
         sequence = key - first + start
+        if connection.execute("SELECT 1 FROM runs WHERE no = ?", (head.no,)).fetchone() is None:
+            raise Deleted(f"run {head.run.id!r} was deleted, and its log with it")
         raise Damaged(
             f"event {sequence} of run {head.run.id!r} is missing or damaged; the events before it can be read"
         )
@@ -294,7 +357,12 @@ def read_list(
     taken = 0
     try:
         for row in rows:
-            found.append(head_of(row))
+            head = head_of(row)
+            there = Place(head.run.created_at_ms, head.no)
+            if after is not None and there >= after:
+                raise Damaged("the order in which runs are stored is damaged")  # else a list might never end
+            after = there
+            found.append(head)
             taken += sum(len(value) for value in row if isinstance(value, str | bytes))  # less than the JSON will have
             if taken > size and len(found) > 1:
                 break

@@ -15,24 +15,29 @@ from carserver.core.attendance import Attendant
 from carserver.core.commands import Command
 from carserver.core.counters import Counters
 from carserver.core.edits import Edit
-from carserver.core.ports import Committed, Done, PageDone, Place, Scan
+from carserver.core.outputs import Listed, Output
+from carserver.core.ports import Committed, Criteria, Damaged, Done, PageDone, Place, Plan, Scan
 from carserver.core.runs import Head, LiveRun
 from carserver.protocol.errors import ErrorKind, RpcError, overloaded
+from carserver.protocol.outputs import LatestOutput, ListOutputs
 from carserver.protocol.runs import ListRuns
-from carserver.protocol.server import StorageStatus
-from carserver.stores import rows
-from carserver.stores.deadlines import Deadlines
+from carserver.protocol.server import BackedUp, StorageStatus
+from carserver.stores import outputs, rows
+from carserver.stores.backup import Backups
+from carserver.stores.damage import Damage, Unreadable, in_words, is_damage
+from carserver.stores.deadlines import Deadlines, resolve
+from carserver.stores.plan import read_plan
 from carserver.stores.readers import Readers
-from carserver.stores.schema import StorageError, open_writer
+from carserver.stores.recovery import open_database
+from carserver.stores.schema import StorageError, cannot_open
+from carserver.stores.slowcheck import SlowCheck
 from carserver.stores.writer import Job, Outcome, Writer
 
 T = TypeVar("T")
 
-SYNCHRONOUS = {"full": "FULL", "normal": "NORMAL", "memory": "OFF"}
-
 
 class SqliteStore:
-    """Implements `core.ports.RunLog`.
+    """Implements `core.ports.RunLog` and `core.outputstore.OutputLog`.
 
     Args:
         path: The database file.
@@ -42,7 +47,7 @@ class SqliteStore:
         fatal: Called on the loop when the daemon must stop: an fsync failed.
 
     Raises:
-        StorageError: see `schema.open_writer`.
+        StorageError: see `recovery.open_database`.
     """
 
     def __init__(
@@ -57,17 +62,26 @@ class SqliteStore:
         self._deadlines = Deadlines(settings.storage_s, self._give_up)
         self._waiting_bytes = 0
         self._waiting = 0
-        connection = open_writer(path, synchronous=SYNCHRONOUS[settings.durability])
+        connection, live = open_database(path, settings)
+        self.found_live: list[LiveRun] = live
+        self.damage = Damage(path)
         try:
-            self.found_live: list[LiveRun] = rows.read_live(connection)
-            self.old_boot_id = rows.swap_meta(connection, "boot_id", boot_id)
-            self._writer = Writer(connection, settings, self._from_writer, self._fatal_from_writer)
-            self._readers = Readers(path, settings.read_threads, "reader")
+            self.old_boot_id = rows.read_boot_id(connection)
+            self._writer = Writer(connection, settings, self._from_writer, self._fatal_from_writer, boot_id)
+            self._readers = Readers(path, settings.read_threads, "reader", self.damage.found)
             # Pages for those who watch do not wait behind what others ask for.
-            self._page_readers = Readers(path, settings.catch_up_reads, "page-reader")
-        except sqlite3.Error as error:
-            raise StorageError(f"cannot read {path}: {error}; move it away, or restore a backup of it") from error
-        self._writer.start()
+            self._page_readers = Readers(path, settings.catch_up_reads, "page-reader", self.damage.found)
+            self._writer.start()
+        except Unreadable as error:
+            if is_damage(error):
+                self.damage.found(Damaged(f"storage is damaged: {in_words(error)}"))
+                raise StorageError(f"cannot open {path}: {error}; start again: all of it is checked then") from error
+            raise cannot_open(path, error) from error
+        self._backups = Backups(path, settings, self.damage.found)
+        self.slow_check: SlowCheck | None = None
+        if _size(path) > settings.check_bytes:
+            self.slow_check = SlowCheck(path, settings.check_after_s, self.damage.found)
+            self.slow_check.start()
 
     def on_commit(self, publish: Callable[[Sequence[Committed | Done]], None]) -> None:
         """Whom to hand each commit to, before it is acknowledged."""
@@ -98,6 +112,9 @@ class SqliteStore:
         return await future
 
     def _from_writer(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            if isinstance(outcome.result, Damaged):
+                self.damage.found(outcome.result)
         self._loop.call_soon_threadsafe(self._deliver, outcomes)
 
     def _fatal_from_writer(self, why: str) -> None:
@@ -115,7 +132,7 @@ class SqliteStore:
             for job, result, _ in outcomes:
                 self._waiting -= 1
                 self._waiting_bytes -= job.command.size
-                _resolve(job.future, result if isinstance(result, Exception) else result.answer)
+                resolve(job.future, result if isinstance(result, Exception) else result.answer)
 
     # Reading.
 
@@ -126,6 +143,10 @@ class SqliteStore:
     async def list(self, owner: str | None, filters: ListRuns, after: Place | None, limit: int) -> list[Head]:
         """See `core.ports.RunLog`."""
         return await self._read(rows.read_list, owner, filters, after, limit, self._settings.page_bytes)
+
+    async def plan(self, criteria: Criteria, ids: int) -> Plan:
+        """See `core.ports.PruneLog`."""
+        return await self._read(read_plan, criteria, ids)
 
     async def scan(self, head: Head, start: int, stop: int, limit: int, types: Sequence[str] | None) -> Scan:
         """See `core.ports.RunLog`."""
@@ -146,6 +167,23 @@ class SqliteStore:
 
         return await self._read(read)
 
+    async def output(self, output_id: str) -> Output | None:
+        """See `core.outputstore.OutputLog`."""
+        return await self._read(outputs.read_output, output_id)
+
+    async def keyed_output(self, owner: str, key: str) -> Output | None:
+        """See `core.outputstore.OutputLog`."""
+        return await self._read(outputs.read_keyed, owner, key)
+
+    async def latest_output(self, filters: LatestOutput) -> Output | None:
+        """See `core.outputstore.OutputLog`."""
+        return await self._read(outputs.read_latest, filters)
+
+    async def outputs(self, filters: ListOutputs, after: int, limit: int) -> Listed:
+        """See `core.outputstore.OutputLog`."""
+        inline_bytes, page_bytes = self._settings.output_inline_bytes, self._settings.page_bytes
+        return await self._read(outputs.read_outputs, filters, after, limit, inline_bytes, page_bytes)
+
     def page(self, head: Head, start: int, stop: int, entries: int, size: int, done: PageDone) -> None:
         """See `core.ports.PageReader`."""
         self._page_readers.read(rows.read_page, (head, start, stop, entries, size), done)
@@ -154,15 +192,25 @@ class SqliteStore:
         if self._readers.waiting >= self._settings.read_queue:
             raise overloaded("too many reads wait for storage", self._settings.retry_after_ms)
         future: asyncio.Future[T] = self._loop.create_future()
-        self._readers.read(read, args, lambda result: _resolve(future, result))
+        self._readers.read(read, args, lambda result: resolve(future, result))
         self._deadlines.expect(future, self._waiting + self._readers.waiting)
         return await future
 
     def _give_up(self, future: "asyncio.Future[Any]") -> None:
         self._counters.storage_deadlines += 1
-        _resolve(future, _too_slow(self._settings.storage_s))
+        resolve(future, _too_slow(self._settings.storage_s))
 
     # The whole.
+
+    async def backup(self, path: str) -> BackedUp:
+        """A copy of the file, see `backup.Backups`; it may take longer than other answers of storage."""
+        made = await self._backups.make(path)
+        self._counters.backups += 1
+        return made
+
+    def give_up_backup(self, why: str) -> None:
+        """The backup that is being made, if one is, ends without one."""
+        self._backups.give_up(why)
 
     @property
     def problem(self) -> str | None:
@@ -178,6 +226,16 @@ class SqliteStore:
     def waiting_reads(self) -> int:
         """Reads that were started and are not answered."""
         return self._readers.waiting + self._page_readers.waiting
+
+    @property
+    def sweeping(self) -> bool:
+        """Whether there is something left of deleted runs."""
+        return self._writer.sweeping
+
+    @property
+    def imports_given_up(self) -> int:
+        """Runs whose import was unfinished when too many others began."""
+        return self._writer.imports_given_up
 
     def status(self) -> StorageStatus:
         """Sizes, and what waits. Looks at the files' sizes, never opens them: closing would drop SQLite's locks."""
@@ -198,6 +256,9 @@ class SqliteStore:
         closed = asyncio.Event()
 
         def close() -> None:
+            self._backups.close()
+            if self.slow_check is not None:
+                self.slow_check.stop()
             self._readers.close()
             self._page_readers.close()
             self._writer.stop()
@@ -210,17 +271,6 @@ class SqliteStore:
         except TimeoutError:
             return False
         return True
-
-
-def _resolve(future: "asyncio.Future[Any]", result: object) -> None:
-    """Answers a caller who is still there."""
-    if future.done():
-        return
-    if isinstance(result, Exception):
-        future.set_exception(result)
-        future.exception()  # its caller may have gone: then nobody retrieves it, which is no defect
-    else:
-        future.set_result(result)
 
 
 def _too_slow(seconds: float) -> RpcError:

@@ -3,6 +3,8 @@
 import sqlite3
 
 from carserver.config import Settings
+from carserver.stores.imports import ImportRows
+from carserver.stores.outputs import OutputRows
 from carserver.stores.runrows import RunRows
 
 
@@ -11,3 +13,5 @@ class StoredRows:
 
     def __init__(self, connection: sqlite3.Connection, settings: Settings, runs: RunRows) -> None:
         self.runs = runs
+        self.outputs = OutputRows(connection)
+        self.imports = ImportRows(connection, settings, runs)

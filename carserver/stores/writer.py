@@ -16,9 +16,10 @@ from carserver.config import Settings
 from carserver.core.attendance import Attendant
 from carserver.core.commands import Applied, Command
 from carserver.core.edits import Edit, Edited
-from carserver.core.ports import Committed, Done
+from carserver.core.ports import Committed, Damaged, Done
 from carserver.core.runs import Head
 from carserver.protocol.errors import ErrorKind, RpcError, unavailable
+from carserver.stores.damage import Unreadable, in_words, is_damage
 from carserver.stores.runrows import RunRows
 from carserver.stores.stored import StoredRows
 from carserver.stores.sweep import Sweep
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("carserver.storage")
 
 _FSYNC_FAILED = {sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC}
+_MAY_PASS = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}  # primary codes: what there is can be read meanwhile
 _COMMIT_BYTES = 16 * 1024  # that a transaction takes in the write-ahead log beside its events, at the least
-_SWEPT_BYTES = 256 * 1024  # and one that removes, about
+_ROW_BYTES = 16 * 1024  # that a row of a run or an output takes there with its places in the indexes, about
 _SHORT_S = 0.001
 
 
@@ -64,6 +66,7 @@ class Writer:
         settings: The bounds of a commit and of the heads it keeps.
         deliver: Called in the writer's thread with the outcomes of one commit.
         fatal: Called in the writer's thread when an fsync failed: nothing may be acknowledged any more.
+        boot_id: The daemon's, kept for the next one.
     """
 
     def __init__(
@@ -72,11 +75,13 @@ class Writer:
         settings: Settings,
         deliver: Callable[[Sequence[Outcome]], None],
         fatal: Callable[[str], None],
+        boot_id: str,
     ) -> None:
         self._connection = connection
         self._settings = settings
         self._deliver = deliver
         self._fatal = fatal
+        self._boot_id = boot_id
         self._runs = RunRows(connection, settings)
         self._rows = StoredRows(connection, settings, self._runs)
         self._sweep = Sweep(connection, settings)
@@ -86,8 +91,30 @@ class Writer:
         self._unchecked_bytes = 0  # written since the last checkpoint, about
         self.problem: str | None = None  # why storage takes no writes; None while it does
 
+    @property
+    def sweeping(self) -> bool:
+        """Whether there is something left of deleted runs."""
+        return self._sweep.pending
+
+    @property
+    def imports_given_up(self) -> int:
+        """Runs whose import was unfinished when too many others began."""
+        return self._rows.imports.given_up
+
     def start(self) -> None:
-        """Begins to take jobs."""
+        """Begins to take jobs; on a full disk, to try whether it can.
+
+        Raises:
+            sqlite3.Error: storage takes no writes, and that will not pass.
+        """
+        try:
+            self._write_boot_id()
+        except sqlite3.Error as error:
+            if error.sqlite_errorcode in _FSYNC_FAILED or error.sqlite_errorcode & 0xFF not in _MAY_PASS:
+                raise
+            log.error("storage fails: %s", error)  # noqa: TRY400 - it is no defect
+            self.problem = str(error)
+            self._undo()
         self._thread.start()
 
     def put(self, job: Job) -> None:
@@ -136,12 +163,16 @@ class Writer:
 
     def _sweep_on(self) -> None:
         try:
-            self._sweep.step()
+            self._unchecked_bytes += self._sweep.step()
         except sqlite3.Error as error:
             if not self._is_fatal(error):
                 log.warning("what deleted runs left could not be removed, it is tried again: %s", error)
                 self._undo()
-        self._unchecked_bytes += _SWEPT_BYTES
+                self._sweep.put_off(self._settings.probe_s)
+            return
+        # The file gets shorter by a checkpoint only.
+        if self._unchecked_bytes >= self._settings.wal_bytes or not self._sweep.pending:
+            self._checkpoint()
 
     def _commit(self, jobs: list[Job]) -> None:
         if self._failed:
@@ -156,6 +187,9 @@ class Writer:
             self._roll_back(error, jobs)
             return
         self._runs.committed()
+        if self._runs.dropped:
+            self._runs.dropped = False
+            self._sweep.pending = True
         if self.problem is not None:
             log.warning("storage takes writes again")
             self.problem = None
@@ -187,8 +221,10 @@ class Writer:
         try:
             before = self._runs.head(command.run_id)
             applied = self._runs.applied(command, before)
-        except sqlite3.Error:
-            raise
+        except Unreadable as error:
+            if not is_damage(error):
+                raise
+            return Outcome(job, Damaged(f"storage is damaged: {in_words(error)}"))  # of its run: others are not touched
         except Exception as refusal:  # noqa: BLE001 - a refusal, or a defect: nothing is written, so its own in any case
             return Outcome(job, refusal)
         if applied.head is before:
@@ -204,17 +240,25 @@ class Writer:
     def _edit(self, edit: Edit) -> Edited | Exception:
         if edit.changes_runs:
             self._runs.flush()
+        before = self._changed_rows()
         try:
             with self._savepoint():
                 edited = edit.edit(self._rows)
         except (sqlite3.IntegrityError, sqlite3.DataError) as error:
+            self._runs.forget_moved()
             return _refused_by_storage(error)
         except sqlite3.Error:
             raise
         except Exception as refusal:  # noqa: BLE001 - as above; what it wrote is undone
+            self._runs.forget_moved()
             return refusal
-        self._sweep.pending |= bool(edited.deleted)
+        finally:
+            self._unchecked_bytes += _ROW_BYTES * (self._changed_rows() - before)
         return edited
+
+    def _changed_rows(self) -> int:
+        """How many rows were written or removed until now, but for events: these are in the sizes of their commands."""
+        return self._connection.total_changes - self._runs.appended
 
     @contextlib.contextmanager
     def _savepoint(self) -> Iterator[None]:
@@ -234,16 +278,17 @@ class Writer:
         if self._is_fatal(error):
             self._deliver([Outcome(job, _fsync_failed()) for job in jobs])
             return
-        why = str(error)
+        why = in_words(error) if is_damage(error) else str(error)
         if not isinstance(error, sqlite3.Error):
             log.error("a defect in the writer", exc_info=error)
             why = "a defect of the daemon; its log has the details"  # nothing of the exception is for peers
         elif self.problem is None:
-            log.error("storage fails: %s", error)
+            log.error("storage fails: %s", why)
         self.problem = why
         self._undo()
         self._runs.undone()
-        refusal = unavailable(f"storage fails: {why}; nothing was stored")
+        message = f"storage fails: {why}; nothing was stored"
+        refusal = Damaged(message) if is_damage(error) else unavailable(message)
         self._deliver([Outcome(job, refusal) for job in jobs])
 
     def _is_fatal(self, error: Exception) -> bool:
@@ -265,9 +310,7 @@ class Writer:
     def _probe(self) -> None:
         """Storage failed and nobody writes: sees whether it would work again."""
         try:
-            self._connection.execute("BEGIN IMMEDIATE")
-            self._connection.execute("REPLACE INTO meta VALUES ('probe', '')")
-            self._connection.execute("COMMIT")
+            self._write_boot_id()
         except sqlite3.Error as error:
             if not self._is_fatal(error):
                 self.problem = str(error)
@@ -275,6 +318,12 @@ class Writer:
         else:
             log.warning("storage takes writes again")
             self.problem = None
+
+    def _write_boot_id(self) -> None:
+        """Keeps whose the file is now; as small a change as any, so it also tells whether storage takes changes."""
+        self._connection.execute("BEGIN IMMEDIATE")
+        self._connection.execute("REPLACE INTO meta VALUES ('boot_id', ?)", (self._boot_id,))
+        self._connection.execute("COMMIT")
 
 
 def _refused_by_storage(error: sqlite3.Error) -> RpcError:

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 
+from carserver.config import Settings
 from carserver.core.ports import Committed, Place
 from carserver.core.principals import Principal
 from carserver.core.runs import Entry, Head
 from carserver.protocol.errors import ErrorKind, RpcError
 from carserver.protocol.runs import ListRuns
 from carserver.stores import schema
+from carserver.stores.recovery import open_database
 from carserver.stores.rows import place
 from tests.unit.storing import NOW_MS, Opened, create, event, opened, other_connection, record, write_lock
 
@@ -415,6 +417,26 @@ def _foreign(path: Path) -> None:
         connection.execute("CREATE TABLE theirs (x)")
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (_newer, f"schema version {schema.VERSION + 1}, this carserver knows {schema.VERSION}"),
+        (_foreign, "database of another program"),
+    ],
+)
+def test_a_file_that_is_newer_or_foreign_is_refused_in_words_and_stays_as_it_was(
+    path: Path, make: Callable[[Path], None], message: str
+) -> None:
+    make(path)
+    before = path.read_bytes()
+    for refuse in (lambda: schema.open_writer(path, synchronous="FULL"), lambda: open_database(path, Settings())):
+        with pytest.raises(schema.StorageError, match=message) as refusal:
+            refuse()
+        assert str(path) in str(refusal.value)
+        assert path.read_bytes() == before
+        assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
 def _garbage(path: Path) -> None:
     path.write_bytes(b"not a database at all\n" * 1000)
 
@@ -424,25 +446,34 @@ def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:5000])
 
 
+def _renumbered(path: Path) -> None:
+    schema.open_writer(path, synchronous="FULL").close()
+    with other_connection(path) as connection:
+        connection.execute("PRAGMA user_version = 0")
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (_newer, f"schema version {schema.VERSION + 1}, this carserver knows {schema.VERSION}"),
-        (_foreign, "database of another program"),
-        (_garbage, "file is not a database; move the file away"),
-        (_cut, "malformed; move the file away"),
+        (_garbage, "file is not a database"),
+        (_cut, "malformed"),
+        (_renumbered, "it has schema version 0"),
     ],
 )
-def test_a_file_that_is_newer_foreign_or_damaged_is_refused_in_words_and_stays_as_it_was(
-    path: Path, make: Callable[[Path], None], message: str
+def test_a_file_that_is_damaged_is_set_aside_as_it_was_and_a_new_one_takes_its_place(
+    path: Path, make: Callable[[Path], None], message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     make(path)
     before = path.read_bytes()
-    with pytest.raises(schema.StorageError, match=message) as refusal:
+    with pytest.raises(schema.DamagedFile, match=message):
         schema.open_writer(path, synchronous="FULL")
-    assert str(path) in str(refusal.value)
-    assert path.read_bytes() == before
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    open_database(path, Settings()).connection.close()
+    (aside,) = path.parent.glob("carserver.db.damaged-*")
+    assert aside.read_bytes() == before
+    assert message in caplog.messages[-1]
+    assert f"it is kept as {aside}" in caplog.messages[-1]
+    open_database(path, Settings()).connection.close()
+    assert list(path.parent.glob("carserver.db.damaged-*")) == [aside]
 
 
 def test_a_place_where_no_file_can_be_is_refused_in_words(path: Path) -> None:

@@ -32,7 +32,7 @@ class Driven:
         self.commits: SimpleQueue[list[Outcome]] = SimpleQueue()
         self.fatal: SimpleQueue[str] = SimpleQueue()
         self.connection = open_writer(path, synchronous="FULL")
-        self.writer = Writer(self.connection, Settings(**settings), self._deliver, self.fatal.put)
+        self.writer = Writer(self.connection, Settings(**settings), self._deliver, self.fatal.put, "boot")
         self._started = False
 
     def _deliver(self, outcomes: Sequence[Outcome]) -> None:

@@ -1,0 +1,317 @@
+"""What can be trusted of a damaged database, copied into a new one.
+
+A run is carried over whole, with its number, or not at all: its row and its texts, every event of its log and all that
+is kept of its batches must have the checksum they were stored with. A tree of the file may be broken: numbers are read
+by ranges, and a range that fails is halved until what cannot be read is skipped. The source is never changed.
+"""
+
+import contextlib
+import logging
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace
+
+from carserver.core.ports import Damaged
+from carserver.core.runs import Head
+from carserver.protocol.runs import Snapshot
+from carserver.stores.damage import Unreadable, in_words
+from carserver.stores.inspection import LEAST_BYTES, size_of, without_trace
+from carserver.stores.outputs import output_of
+from carserver.stores.rows import (
+    RUN_COLUMNS,
+    TEXTS,
+    checksum,
+    head_of,
+    mark_copied,
+    place,
+    read_entries,
+    run_row,
+    texts_row,
+)
+from carserver.stores.schema import SEQUENCE_BITS, open_new, row_checksum
+
+log = logging.getLogger("carserver.storage")
+
+_FAILURES = 100_000  # reads that may fail before the rest of a table is given up
+_COMMIT_ROWS = 50_000
+_PROGRESS_S = 5.0
+_NUMBERS = 1 << (63 - SEQUENCE_BITS)  # a greater one cannot be: the keys of its events would not fit
+_COLUMNS = RUN_COLUMNS.removesuffix(", log_bytes")
+_ROW = "SELECT {}, {} FROM runs JOIN texts USING (no) WHERE no = ?"
+_BATCHES = "SELECT no, batch_id, digest, first_sequence, count, status, {} FROM batches WHERE no = ?"
+_RUN_NUMBERS = (
+    "SELECT max(no) FROM texts",
+    f"SELECT max(place) >> {SEQUENCE_BITS} FROM events",  # noqa: S608 - a constant
+    "SELECT value + 0 FROM meta WHERE name = 'no'",
+)
+_OUTPUT_NUMBERS = ("SELECT seq FROM sqlite_sequence WHERE name = 'outputs'",)
+
+
+class _NotWhole(Exception):
+    """This much of the source cannot be read, or is not what was stored."""
+
+
+def _open_damaged(path: Path) -> sqlite3.Connection:
+    """A connection that only reads, and reads on where the file is shorter than it says, or a name is damaged."""
+    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
+    connection.execute("PRAGMA query_only = 1")
+    connection.execute("PRAGMA writable_schema = 1")
+    connection.execute("SELECT count(*) FROM sqlite_schema").fetchall()
+    return connection
+
+
+class Salvage:
+    """One carrying over; its time grows with the file, and with nothing else.
+
+    Args:
+        source: The damaged file, which nobody has open.
+    """
+
+    def __init__(self, source: Path) -> None:
+        self._path = source
+        self._rows = 0  # since the last commit
+        self._next_s = time.monotonic() + _PROGRESS_S
+        self.runs = 0
+        self.events = 0
+        self.outputs = 0
+        self.lost: list[str] = []  # runs that are not whole: their ids, where these can be read, or numbers
+        self.lost_outputs = 0
+        self.unreadable = ""  # why no run at all could be read
+        self.forgotten = False  # some batches of runs that are carried over may be missing
+
+    def into(self, target: Path) -> None:
+        """Makes `target` of what can be trusted; it is complete, and not yet synced, after that.
+
+        Raises:
+            sqlite3.Error, OSError: the target cannot be written.
+        """
+        with without_trace(self._path), contextlib.closing(open_new(target)) as self._target:
+            if size_of(self._path) < LEAST_BYTES:
+                self.unreadable = "there is hardly anything of it"
+                return
+            try:
+                self._source = _open_damaged(self._path)
+            except Unreadable as error:
+                self.unreadable = in_words(error)
+                return
+            with contextlib.closing(self._source):
+                self._target.execute("BEGIN")
+                self._checked = any(self._all("SELECT 1 FROM pragma_table_info('runs') WHERE name = 'checksum'"))
+                self._carry_meta(self._carry_runs())
+                self.forgotten = bool(self.runs) and not self._has_all_batches()
+                self._carry_outputs()
+                mark_copied(self._target)
+                self._target.execute("COMMIT")
+
+    # Runs.
+
+    def _carry_runs(self) -> int:
+        """All that are whole; the highest number that any run had."""
+        carried: set[int] = set()
+        found = sorted({*self._numbers("runs"), *self._numbers("texts")})
+        for no in found:
+            try:
+                self._carry_run(no)
+                carried.add(no)
+            except _NotWhole:
+                pass
+            self._progress(len(found))
+        # The index of ids knows of runs whose rows cannot be read, and what they were called.
+        ids = dict(self._all("SELECT no, id FROM runs INDEXED BY sqlite_autoindex_runs_1"))
+        for no in sorted({*found, *ids} - carried):
+            self.lost.append(repr(ids[no]) if no in ids else self._name(no))
+        if not (self.runs or self.lost):  # there were none, or nobody can tell
+            try:
+                self._source.execute("SELECT no FROM runs").fetchone()
+            except Unreadable as error:
+                self.unreadable = in_words(error)
+        return max((no for no in found if no < _NUMBERS), default=0)
+
+    def _carry_run(self, no: int) -> None:
+        head = self._head(no)
+        self._target.execute("SAVEPOINT run")
+        try:
+            events, size = self._copy_events(head)
+            if not self._checked:
+                head = replace(head, log_bytes=size)
+            self._insert("runs", [run_row(head)])
+            self._insert("texts", [texts_row(head)])
+            self._insert("batches", self._batches(head))
+        except (_NotWhole, sqlite3.IntegrityError) as error:  # two rows with one id: neither is to be trusted
+            self._target.execute("ROLLBACK TO run")
+            raise _NotWhole from error
+        finally:
+            self._target.execute("RELEASE run")
+        self.runs += 1
+        self.events += events
+        self._rows += events + 2
+
+    def _head(self, no: int) -> Head:
+        texts = ", ".join(TEXTS)
+        if self._checked:
+            query = _ROW.format(f"{RUN_COLUMNS}, runs.checksum", f"{texts}, texts.checksum")
+        else:
+            query = _ROW.format(_COLUMNS, texts)
+        row = self._one(query, (no,))
+        try:
+            if not self._checked:
+                width = len(_COLUMNS.split(","))
+                values, said = (*row[:width], 0), row[width:]
+                row = (*values, row_checksum(*values), *said, row_checksum(no, *said))
+            head = head_of(row)
+            if not self._checked:  # that its values have their types is all that can be told
+                msgspec.json.decode(head.run.metadata or b"null")
+                msgspec.json.decode(msgspec.json.encode(head.run), type=Snapshot)
+        except (Damaged, msgspec.MsgspecError, LookupError, TypeError, ValueError) as error:
+            raise _NotWhole from error
+        return head
+
+    def _copy_events(self, head: Head) -> tuple[int, int]:
+        """How many these were, and their bytes."""
+        count = size = 0
+
+        def entries() -> Iterator[tuple[int, int, int, int, bytes]]:
+            nonlocal count, size
+            try:
+                for sequence, at_ms, status, raw in read_entries(self._source, head, 0, head.cursor):
+                    key = place(head.no, sequence)
+                    yield key, at_ms, status, checksum(key, at_ms, status, raw), raw
+                    count += 1
+                    size += len(raw)
+            except (*Unreadable, Damaged) as error:
+                raise _NotWhole from error
+
+        if head.cursor:
+            self._target.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?)", entries())
+        return count, size
+
+    def _batches(self, head: Head) -> list[tuple[Any, ...]]:
+        found = []
+        query = _BATCHES.format("checksum" if self._checked else "NULL")
+        try:
+            for *values, stored in self._source.execute(query, (head.no,)):
+                computed = row_checksum(*values)
+                if stored not in (computed, None) or values[3] + values[4] > head.cursor:
+                    raise _NotWhole
+                found.append((*values, computed))
+        except (*Unreadable, TypeError) as error:
+            raise _NotWhole from error
+        return found
+
+    def _has_all_batches(self) -> bool:
+        """Whether none can be missing: how many a run had is written nowhere else."""
+        try:
+            if self._one("PRAGMA integrity_check(batches)", ()) != ("ok",):
+                return False
+            every = self._source.execute("SELECT * FROM batches")
+            return not self._checked or all(row_checksum(*row[:-1]) == row[-1] for row in every)
+        except (*Unreadable, _NotWhole):
+            return False
+
+    def _name(self, no: int) -> str:
+        try:
+            return repr(self._one("SELECT id FROM runs WHERE no = ?", (no,))[0])
+        except _NotWhole:
+            return f"the one with number {no}"
+
+    # What is beside them.
+
+    def _carry_meta(self, highest: int) -> None:
+        """The boot before, and a number that no run, not even a lost or a deleted one, had."""
+        for name, value in self._all("SELECT name, value FROM meta"):
+            if name == "boot_id":
+                self._insert("meta", [(name, value)])
+            elif name == "no" and str(value).isdecimal() and int(value) < _NUMBERS:
+                highest = max(highest, int(value))
+        self._insert("meta", [("no", str(highest))])
+
+    def _carry_outputs(self) -> None:
+        """All that are whole, but those of a run that is not carried over."""
+        for no in self._numbers("outputs"):
+            try:
+                self._carry_output(no)
+                self.outputs += 1
+                self._rows += 1
+            except (_NotWhole, sqlite3.IntegrityError):
+                self.lost_outputs += 1
+            self._progress(0)
+        for (last,) in self._all("SELECT seq FROM sqlite_sequence WHERE name = 'outputs'"):
+            if not isinstance(last, int) or last >= _NUMBERS:
+                continue
+            self._target.execute("DELETE FROM sqlite_sequence WHERE name = 'outputs' AND seq < ?", (last,))
+            self._target.execute(
+                "INSERT INTO sqlite_sequence SELECT 'outputs', ?"
+                " WHERE NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = 'outputs')",
+                (last,),
+            )
+
+    def _carry_output(self, no: int) -> None:
+        row = self._one("SELECT * FROM outputs WHERE no = ?", (no,))
+        try:
+            run_id = output_of(row).record.run_id
+        except Damaged as error:
+            raise _NotWhole from error
+        if (
+            isinstance(run_id, str)
+            and not self._target.execute("SELECT 1 FROM runs WHERE id = ?", (run_id,)).fetchone()
+        ):
+            raise _NotWhole
+        self._insert("outputs", [row])
+
+    # Reading what may be broken, and writing what is not.
+
+    def _numbers(self, table: str) -> Iterator[int]:
+        """The keys of a table, as far as they can be read: a range that fails is halved, a single one skipped."""
+        query = f"SELECT no FROM {table} WHERE no >= ? AND no < ? ORDER BY no"  # noqa: S608 - a constant
+        spans = [(0, self._highest(table) + 1)]
+        failures = 0
+        while spans and failures < _FAILURES:
+            low, high = spans.pop()
+            try:
+                for (no,) in self._source.execute(query, (low, high)):
+                    low = no + 1
+                    yield no
+            except Unreadable:
+                failures += 1
+                if high - low > 1:
+                    middle = (low + high) // 2
+                    spans += [(middle, high), (low, middle)]
+
+    def _highest(self, table: str) -> int:
+        """The highest number that this table may have, by whatever still can be asked."""
+        others = _OUTPUT_NUMBERS if table == "outputs" else _RUN_NUMBERS
+        queries = (f"SELECT max(no) FROM {table}", *others)  # noqa: S608 - a constant
+        found = [row[0] for query in queries for row in self._all(query)]
+        return max((no for no in found if isinstance(no, int) and no < _NUMBERS), default=0)
+
+    def _all(self, query: str) -> Iterator[tuple[Any, ...]]:
+        """Rows, up to where they cannot be read."""
+        with contextlib.suppress(*Unreadable):
+            yield from self._source.execute(query)
+
+    def _one(self, query: str, values: Sequence[Any]) -> tuple[Any, ...]:
+        try:
+            row: tuple[Any, ...] | None = self._source.execute(query, values).fetchone()
+        except Unreadable as error:
+            raise _NotWhole from error
+        if row is None:
+            raise _NotWhole
+        return row
+
+    def _insert(self, table: str, rows: Sequence[Sequence[Any]]) -> None:
+        for row in rows:
+            self._target.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)  # noqa: S608 - constants
+
+    def _progress(self, found: int) -> None:
+        if self._rows >= _COMMIT_ROWS:
+            self._target.execute("COMMIT")
+            self._target.execute("BEGIN")
+            self._rows = 0
+        if time.monotonic() >= self._next_s:
+            self._next_s = time.monotonic() + _PROGRESS_S
+            log.info("carried over %d runs so far, of at most %d, and %d outputs", self.runs, found, self.outputs)
