@@ -3,6 +3,7 @@
 A command's module is imported when it is called for, so that `carserver health` does not wait for what others need.
 """
 
+import errno
 import importlib
 import os
 import sys
@@ -17,8 +18,13 @@ from carserver.cli.errors import CommandError, ExitCode
 from carserver.cli.plain import visible
 
 _COMMANDS = {
+    "backup": "carserver.cli.backup:backup",
     "call": "carserver.cli.call:call",
+    "export": "carserver.cli.transfer:export",
     "health": "carserver.cli.health:health",
+    "import": "carserver.cli.transfer:import_",
+    "prune": "carserver.cli.prune:prune",
+    "outputs": "carserver.cli.outputs:outputs",
     "runs": "carserver.cli.runs:runs",
     "serve": "carserver.cli.serve:serve",
     "token": "carserver.cli.token:token",
@@ -27,6 +33,7 @@ _EPILOG = """\b
 Completion:   eval "$(_CARSERVER_COMPLETE=bash_source carserver)"   (or zsh_source, fish_source)
 Exit codes:   0 done, 1 failed, 2 usage or configuration, 3 not found, 69 unreachable, 75 timed out, 77 not authorised
 """
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 class _ReaderGone(Exception):
@@ -42,6 +49,11 @@ class _LazyGroup(click.Group):
             sys.stdout.flush()
         except BrokenPipeError:
             raise _ReaderGone from None
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            _discard_output()
+            raise CommandError(f"cannot write: {error.strerror}; make room, or send the output elsewhere") from None
         return result
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -66,6 +78,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 is no reason to fail
+    if sys.stdout is None:
+        sys.exit(_complain("standard output is closed: give it somewhere to go, such as /dev/null", ExitCode.RUNTIME))
     sys.exit(run(sys.argv[1:]))
 
 
@@ -74,8 +88,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         result = cli.main(list(arguments), prog_name="carserver", standalone_mode=False)
     except _ReaderGone:
-        # What is still buffered must not fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return ExitCode.OK
     except (click.Abort, KeyboardInterrupt):
         return ExitCode.INTERRUPTED
@@ -88,6 +101,11 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:  # noqa: BLE001 - the last resort of a command line: a line, not a traceback
         return _complain(_defect(error), ExitCode.RUNTIME)
     return result if isinstance(result, int) else ExitCode.OK
+
+
+def _discard_output() -> None:
+    """What is still buffered must not fail again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(message: str, code: ExitCode) -> ExitCode:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from datetime import UTC, datetime
 
 import click
 import msgspec
@@ -30,6 +31,16 @@ def json_data(raw: bytes | msgspec.Raw, *, indented: bool | None = None) -> None
     wide = at_terminal() if indented is None else indented
     text = msgspec.json.format(bytes(raw), indent=2 if wide else -1)
     data(visible_json(text.decode()))
+
+
+def local_time(milliseconds: int, form: str = "%Y-%m-%d %H:%M:%S") -> str:
+    """A time for a person, in the zone of this machine."""
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).astimezone().strftime(form)
+
+
+def utc_time(milliseconds: int) -> str:
+    """A time for a pipe (RFC 3339)."""
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def note(message: str) -> None:

@@ -1,15 +1,15 @@
-"""`carserver runs …`: looking at runs, following one, recording one, cancelling one."""
+"""`carserver runs …`: looking at runs, following one, recording one, cancelling and deleting some."""
 
-from datetime import UTC, datetime
+import sys
 from typing import Any
 
 import click
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Raw
 
 from carserver.cli.endpoint import Daemon, daemon_options
 from carserver.cli.errors import CommandError, ExitCode
-from carserver.cli.output import at_terminal, data, in_colour, json_data, note
+from carserver.cli.output import at_terminal, data, in_colour, json_data, local_time, note, utc_time
 from carserver.cli.plain import clipped, visible, visible_lines
 from carserver.protocol.runs import Cancelled, Snapshot, Status
 
@@ -22,12 +22,6 @@ STATUS_COLOURS: dict[str, str] = {
 _LIVE_COLOUR = "cyan"
 _HEADINGS = ("RUN", "STATUS", "AGENT", "SESSION", "EVENTS", "CREATED", "PROMPT")
 _WHOLE = frozenset({"RUN", "STATUS", "EVENTS", "CREATED"})
-_PAGE = 1_000  # the daemon's own bound
-
-
-class _Page(Struct):
-    runs: list[Raw]
-    next_page: str | None = None
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -44,21 +38,15 @@ def runs() -> None:
 @daemon_options
 def list_runs(*, limit: int, as_json: bool, state_dir: str | None, url: str | None, **filters: str | None) -> None:
     """List runs, newest first: a table at a terminal, tab-separated lines in a pipe."""
-    from carserver.cli.talk import ANSWER_S, talk  # noqa: PLC0415 - brings websockets
+    from carserver.cli.talk import talk  # noqa: PLC0415 - brings websockets
+    from carserver.cli.watch import newest  # noqa: PLC0415 - likewise
 
+    given = {name: value for name, value in filters.items() if value is not None}
     open_connection = Daemon(state_dir, url).looker(notifications=0)
 
     async def conversation() -> list[Raw]:
-        found: list[Raw] = []
-        params: dict[str, Any] = {name: value for name, value in filters.items() if value is not None}
         async with open_connection() as connection:
-            while True:
-                params["limit"] = min(limit - len(found), _PAGE)
-                page = await connection.call("runs.list", params, ANSWER_S, result_type=_Page)
-                found += page.runs
-                if page.next_page is None or len(found) >= limit:
-                    return found
-                params["page"] = page.next_page
+            return await newest(connection, given, limit)
 
     found = talk(conversation())
     if as_json:
@@ -70,7 +58,7 @@ def list_runs(*, limit: int, as_json: bool, state_dir: str | None, url: str | No
         _table(snapshots)
     else:
         for run in snapshots:
-            data("\t".join(visible(cell) for cell in _cells(run, _utc(run.created_at_ms))))
+            data("\t".join(visible(cell) for cell in _cells(run, utc_time(run.created_at_ms))))
     if not found:
         note("no such run")
 
@@ -105,22 +93,90 @@ def cancel_run(*, run_id: str, reason: str | None, as_json: bool, state_dir: str
     data(f"{visible(run_id)}: {'' if answer.cancelled else 'was over already: '}{answer.status}")
 
 
+@runs.command("delete")
+@click.argument("run_ids", metavar="ID...", nargs=-1, required=True)
+@click.option("--as", "who", default="client", metavar="WHO", help="Whose runs: client, host or agent:ID. [client]")
+@daemon_options
+def delete_runs(*, run_ids: tuple[str, ...], who: str, state_dir: str | None, url: str | None) -> None:
+    """Delete runs that are over, with their outputs. Only their owner may; `carserver prune` is the host's."""
+    from carserver.cli.talk import ANSWER_S, talk  # noqa: PLC0415 - brings websockets
+
+    open_connection = Daemon(state_dir, url).opener(who, notifications=0)
+
+    async def conversation() -> None:
+        async with open_connection() as connection:
+            for run_id in run_ids:
+                await connection.call("runs.delete", {"run_id": run_id}, ANSWER_S, result_type=Raw)
+                data(f"{visible(run_id)}: deleted")
+
+    talk(conversation())
+
+
 @runs.command("trace")
 @click.argument("run_id", metavar="ID")
-@click.option("--cursor", type=click.IntRange(min=0), default=0, help="Go on from there; needs --epoch.")
+@click.option("--cursor", type=click.IntRange(min=0), help="Go on from there; other than 0 it needs --epoch.")
 @click.option("--epoch", help="The log that the cursor is of.")
+@click.option("--plain", is_flag=True, help="A line for each event at a terminal too, not the live view.")
 @click.option("--json", "as_json", is_flag=True, help="One record a line, as the daemon sends it.")
 @daemon_options
 def trace_run(
-    *, run_id: str, cursor: int, epoch: str | None, as_json: bool, state_dir: str | None, url: str | None
+    *,
+    run_id: str,
+    cursor: int | None,
+    epoch: str | None,
+    plain: bool,
+    as_json: bool,
+    state_dir: str | None,
+    url: str | None,
 ) -> None:
-    """Follow run ID from its beginning to its end, live, through restarts of the daemon."""
+    """Follow run ID to its end, live, through restarts of the daemon.
+
+    At a terminal it is a view of what goes on, which leaves a record when the run or the view ends; in a pipe it is a
+    line for each event.
+    """
     if cursor and epoch is None:
         raise CommandError("--cursor needs --epoch: a position counts in one log only", ExitCode.USAGE)
     from carserver.cli.talk import talk  # noqa: PLC0415 - brings websockets
-    from carserver.cli.trace import follow  # noqa: PLC0415 - likewise
 
-    talk(follow(Daemon(state_dir, url).looker(), run_id, cursor=cursor, epoch=epoch, as_json=as_json))
+    open_connection = Daemon(state_dir, url).looker()
+    if _takes_a_view() and not plain and not as_json:
+        from carserver.cli.view_live import follow_live  # noqa: PLC0415 - brings rich
+
+        talk(follow_live(open_connection, run_id, cursor=cursor, epoch=epoch))
+    else:
+        from carserver.cli.trace import follow  # noqa: PLC0415 - brings websockets
+
+        talk(follow(open_connection, run_id, cursor=cursor or 0, epoch=epoch, as_json=as_json))
+
+
+@runs.command("watch")
+@click.option("--status", type=click.Choice([status.value for status in Status]), help="Only those in this status.")
+@click.option("--session", "session_id", metavar="ID", help="Only those of this session.")
+@click.option("--agent", "agent_id", metavar="ID", help="Only those of this agent.")
+@click.option("--plain", is_flag=True, help="A line for each change at a terminal too, not the live table.")
+@click.option("--json", "as_json", is_flag=True, help="A run a line with each change, as the daemon has it.")
+@daemon_options
+def watch_runs(*, plain: bool, as_json: bool, state_dir: str | None, url: str | None, **given: str | None) -> None:
+    """Watch what runs now, through restarts of the daemon.
+
+    At a terminal it is a live table, which stays when it is ended; in a pipe it is a line for each change, in the cells
+    of `runs ls`.
+    """
+    from carserver.cli.talk import talk  # noqa: PLC0415 - brings websockets
+
+    filters = {name: value for name, value in given.items() if value is not None}
+    open_connection = Daemon(state_dir, url).looker()
+    if _takes_a_view() and not plain and not as_json:
+        from carserver.cli.view_watch import watch_live  # noqa: PLC0415 - brings rich
+
+        talk(watch_live(open_connection, filters))
+    else:
+        from carserver.cli.watch import print_changes  # noqa: PLC0415 - brings websockets
+
+        def cells(run: Snapshot) -> list[str]:
+            return _cells(run, utc_time(run.created_at_ms))
+
+        talk(print_changes(open_connection, filters, cells, as_json=as_json))
 
 
 @runs.command("record")
@@ -175,23 +231,24 @@ def _creation(given: dict[str, str]) -> dict[str, Any]:
     params: dict[str, Any] = {"prompt": "", **given}
     if "metadata" in given:
         try:
-            params["metadata"] = msgspec.json.decode(given["metadata"], type=dict[str, Any])
-        except (msgspec.MsgspecError, RecursionError):
+            raw = given["metadata"].encode()
+            msgspec.json.decode(raw, type=dict[str, Raw])
+        except (ValueError, RecursionError):  # what msgspec and the encoding raise is a ValueError
             raise CommandError("--metadata must be a JSON object", ExitCode.USAGE) from None
+        params["metadata"] = Raw(raw)  # as it is: numbers keep their digits
     return params
 
 
 def _ask(daemon: Daemon, method: str, params: dict[str, Any]) -> Raw:
     """One question, as a looker."""
-    from carserver.cli.talk import ANSWER_S, talk  # noqa: PLC0415 - brings websockets
+    from carserver.cli.talk import ask  # noqa: PLC0415 - brings websockets
 
-    open_connection = daemon.looker(notifications=0)
+    return ask(daemon.looker(notifications=0), method, params)
 
-    async def conversation() -> Raw:
-        async with open_connection() as connection:
-            return await connection.call(method, params, ANSWER_S, result_type=Raw)
 
-    return talk(conversation())
+def _takes_a_view() -> bool:
+    """Whether standard output is a terminal that shows colours, and the signs of the live views."""
+    return in_colour() and "utf" in (sys.stdout.encoding or "").lower()
 
 
 def _member(name: str, value: Raw) -> str:
@@ -203,7 +260,7 @@ def _member(name: str, value: Raw) -> str:
             return click.style(text, fg=STATUS_COLOURS.get(decoded, _LIVE_COLOUR))
         return text
     if name.endswith("_at_ms") and isinstance(decoded, int):
-        return _local(decoded)
+        return local_time(decoded)
     return visible(bytes(value).decode())
 
 
@@ -212,7 +269,7 @@ def _table(snapshots: list[Snapshot]) -> None:
     from rich.table import Table  # noqa: PLC0415 - likewise
     from rich.text import Text  # noqa: PLC0415 - likewise
 
-    rows = [_cells(run, _local(run.created_at_ms, "%m-%d %H:%M")) for run in snapshots]
+    rows = [_cells(run, local_time(run.created_at_ms, "%m-%d %H:%M")) for run in snapshots]
     # An id and a status are of use whole; a column that says nothing is left out.
     shown = [n for n, heading in enumerate(_HEADINGS) if heading in _WHOLE or any(row[n] for row in rows)]
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -230,11 +287,3 @@ def _table(snapshots: list[Snapshot]) -> None:
 
 def _cells(run: Snapshot, created: str) -> list[str]:
     return [run.id, run.status, run.agent_id, run.session_id, str(run.event_count), created, run.prompt]
-
-
-def _utc(milliseconds: int) -> str:
-    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def _local(milliseconds: int, form: str = "%Y-%m-%d %H:%M:%S") -> str:
-    return datetime.fromtimestamp(milliseconds / 1000, UTC).astimezone().strftime(form)

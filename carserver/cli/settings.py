@@ -156,6 +156,8 @@ def _expected(type_: Any) -> str:
     if _is_text(type_):
         return "a text"
     bounds: Any = None
+    if type(None) in typing.get_args(type_):
+        type_ = typing.get_args(type_)[0]
     if typing.get_origin(type_) is typing.Annotated:
         type_, bounds = typing.get_args(type_)
     what = {bool: "true or false", int: "an integer", float: "a number"}[type_]

@@ -1,8 +1,10 @@
 """Running a command's conversation with the daemon, and saying how it failed."""
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Coroutine, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from msgspec import Raw
 
 from carserver.cli.errors import CommandError, ExitCode
 from carserver.cli.plain import visible
@@ -15,6 +17,9 @@ from carserver.client import (
     Unreachable,
 )
 
+if TYPE_CHECKING:
+    from carserver.client.trace import Opener
+
 T = TypeVar("T")
 
 ANSWER_S = 30.0  # the daemon's storage answers within 25 s or says so
@@ -26,7 +31,10 @@ _CODES = {
     "forbidden": ExitCode.NOT_AUTHORISED,
     "deadline_exceeded": ExitCode.TIMED_OUT,
 }
-_NO_TOKEN = "no token was found: name the daemon's folder with --state-dir, or set CARSERVER_AUTH_TOKEN"  # noqa: S105
+_NO_TOKEN = (
+    "no token was found: name the daemon's folder with --state-dir, or set CARSERVER_AUTH_TOKEN, and for what the host"  # noqa: S105
+    " alone may do CARSERVER_HOST_TOKEN"
+)
 
 
 def talk(conversation: Coroutine[Any, Any, T]) -> T:
@@ -39,6 +47,20 @@ def talk(conversation: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(conversation)
     except ClientError as error:
         raise explained(error) from None
+
+
+def ask(open_connection: "Opener", method: str, params: Mapping[str, Any]) -> Raw:
+    """One question, and its answer as it came.
+
+    Raises:
+        CommandError: what went wrong, with its exit code.
+    """
+
+    async def conversation() -> Raw:
+        async with open_connection() as connection:
+            return await connection.call(method, params, ANSWER_S, result_type=Raw)
+
+    return talk(conversation())
 
 
 def explained(error: ClientError) -> CommandError:

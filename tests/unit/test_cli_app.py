@@ -150,6 +150,23 @@ def test_a_reader_that_has_seen_enough_ends_the_command_quietly() -> None:
         assert process.wait() == 0
 
 
+def test_an_output_that_finds_no_room_is_one_line_and_no_defect() -> None:
+    with FakeDaemon({"m": lambda _, params: ["x" * 100_000]}) as daemon, open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", "carserver", "call", "m", "--url", daemon.url]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "carserver: cannot write: No space left on device; make room, or send the output elsewhere\n"
+
+
+def test_a_closed_standard_output_is_one_line_and_no_defect() -> None:
+    command = [sys.executable, "-m", "carserver", "runs", "ls"]
+    ended = subprocess.run(  # a shell closes it: `subprocess` cannot
+        ["sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+    assert "standard output is closed" in ended.stderr
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["runs", "--help"], ["serve", "-h"], ["--version"]])
 def test_help_is_data_and_exit_code_0(arguments: list[str], capsys: Captured) -> None:
     assert run(arguments) == 0
