@@ -14,6 +14,8 @@ from typing import Any
 import msgspec
 
 from carserver.daemon import METHOD_MODULES
+from carserver.methods.outputs import EXAMPLE_ID
+from carserver.methods.server import EXAMPLE_PATH
 from carserver.rpc.method import Method, Table
 from tests.daemon import running
 from tests.peer import Peer, peer
@@ -31,6 +33,7 @@ VOLATILE = {
     "database_bytes": 4096,
     "log_bytes": 131_072,
 }
+A_BACKUP = {"path": EXAMPLE_PATH, "bytes": 253_952}
 A_TIME_MS = 1_795_162_291_053
 
 INTRODUCTION = """\
@@ -51,13 +54,25 @@ def table() -> Table:
     return Table.of(METHOD_MODULES)
 
 
+def _token(entry: Method) -> str | None:
+    if entry.name == "session.auth":
+        return None
+    return "host-token" if entry.role == "host" else AUTH_TOKEN
+
+
 async def run_example(entry: Method, state: Path) -> tuple[Any, list[Any]]:
     """What a method's example answered on a fresh daemon, and what the daemon sent beside it."""
     with running(state, auth_token=AUTH_TOKEN) as daemon:
-        async with peer(daemon, AUTH_TOKEN if entry.name != "session.auth" else None) as caller:
+        async with peer(daemon, _token(entry)) as caller:
+            made: Any = {}
             for name, params in entry.example.before:
-                await caller.call(name, params)
+                made = await caller.call(name, params)
             params = None if entry.example.params is msgspec.UNSET else entry.example.params
+            if isinstance(params, dict) and params.get("id") == EXAMPLE_ID:
+                params = {**params, "id": made["id"]}
+            if isinstance(params, dict) and params.get("path") == EXAMPLE_PATH:
+                path = str(state.with_name(f"{state.name}-backup.db"))
+                return {**await caller.call(entry.name, {"path": path}), **A_BACKUP}, []
             answer = await caller.call(entry.name, params)
             return answer, await _beside(caller)
 
@@ -79,6 +94,8 @@ def settled(value: Any, key: str = "") -> Any:
         return [settled(member) for member in value]
     if key in VOLATILE:
         return VOLATILE[key]
+    if key == "id" and isinstance(value, str) and value.startswith("out-"):
+        return EXAMPLE_ID
     return A_TIME_MS if key.endswith("_ms") and isinstance(value, int) else value
 
 
