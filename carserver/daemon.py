@@ -31,12 +31,12 @@ from carserver.core.principals import Principal, Secrets, principal_of_token
 from carserver.core.prune import Pruner
 from carserver.core.retention import Retention
 from carserver.core.runstore import RunStore
+from carserver.front.front import Entrances, Front
 from carserver.front.handshake import Policy, policy_of
 from carserver.front.notify import READY, STOPPING, notify
 from carserver.front.pages import Pages
 from carserver.front.stdio import Stdio
 from carserver.front.unix import UnixError, listen
-from carserver.front.websocket import Entrances, Front
 from carserver.hooks import InstalledHooks
 from carserver.methods import outputs, runs, server, session, trace, transfer, watch
 from carserver.protocol.codec import encode

@@ -1,29 +1,35 @@
 """One WebSocket: its opening handshake, its frames, its pings and its close; all else is any stream's (`stream`)."""
 
 import logging
+from collections.abc import Callable
 from http import HTTPStatus
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from websockets.http11 import Request
 
 from carserver.front import frames
 from carserver.front.frames import CLOSE, PING, PONG, FrameReader
-from carserver.front.handshake import Answer, Handshake, Page, Upgrade, decide
-from carserver.front.stream import State, Stream
+from carserver.front.handshake import Answer, Handshake, Page, Policy, Upgrade, decide
+from carserver.front.stream import Register, State, Stream
 from carserver.protocol.closing import Close
 
-if TYPE_CHECKING:
-    from carserver.front.websocket import Front
-
 log = logging.getLogger("carserver.front")
+
+
+class WebRegister(Register, Protocol):
+    """What WebSockets want of the front end beside: who may connect, and the HTTP answer at a path."""
+
+    policy: Policy
+    page: Callable[[str], bytes]
 
 
 class Connection(Stream):
     """A WebSocket, from the first byte of its upgrade request on."""
 
-    def __init__(self, front: "Front") -> None:
+    def __init__(self, front: WebRegister) -> None:
         self._reader = FrameReader(front.settings.message_bytes_before_auth, "message_bytes_before_auth")
         super().__init__(front, self._reader, frames.text_frame)
+        self._web = front
         self._handshake = Handshake(front.settings.handshake_bytes)
         self._heard = False  # anything, since the last ping
 
@@ -55,13 +61,13 @@ class Connection(Stream):
         if request is None:
             return
         if isinstance(request, Request):
-            decision = decide(request, self._front.policy, self._front.full(self))
+            decision = decide(request, self._web.policy, self._front.full(self))
         else:
             decision = request
         if isinstance(decision, Upgrade):
             self._upgrade(decision)
         elif isinstance(decision, Page):
-            self._answer(self._front.page(decision.path))
+            self._answer(self._web.page(decision.path))
         else:
             self._refuse(decision)
 

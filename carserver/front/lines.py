@@ -7,20 +7,17 @@ kernel tells when a peer on this machine is gone.
 """
 
 import select
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 
 from carserver.core.principals import Principal
 from carserver.front.frames import TEXT, Message, Violation, check_utf8
-from carserver.front.stream import State, Stream
+from carserver.front.stream import Register, State, Stream
 from carserver.protocol.closing import Close
 from carserver.protocol.errors import ErrorKind, RpcError, limit_exceeded
 from carserver.protocol.frames import error_frame, notification
 from carserver.protocol.server import Closing
-
-if TYPE_CHECKING:
-    from carserver.front.websocket import Front
 
 BLANK: Final = -1  # kinds of line beside TEXT
 NOT_UTF8: Final = -2  # the payload says where
@@ -117,7 +114,7 @@ class LineReader:
 class LineConnection(Stream):
     """A peer that speaks in lines."""
 
-    def __init__(self, front: "Front") -> None:
+    def __init__(self, front: Register) -> None:
         self._reader = LineReader(front.settings.message_bytes)
         super().__init__(front, self._reader, line)
 

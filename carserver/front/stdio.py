@@ -15,13 +15,11 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import Final, TypeVar
 
 from carserver.core.principals import HOST
 from carserver.front.lines import LineConnection
-
-if TYPE_CHECKING:
-    from carserver.front.websocket import Front
+from carserver.front.stream import Register
 
 T = TypeVar("T")
 
@@ -61,7 +59,7 @@ class Stdio:
         """Whether there may be something left that standard output has not taken."""
         return self._writer.is_alive()
 
-    async def connect(self, front: "Front", ended: Callable[[], None]) -> None:
+    async def connect(self, front: Register, ended: Callable[[], None]) -> None:
         """Begins to serve the parent; `ended` is called when it has no more to say or is gone."""
         near, self._far = socket.socketpair()
         for end in (near, self._far):
@@ -107,7 +105,7 @@ def _patiently(fd: int, event: int, work: Callable[[], T]) -> T:
 class StdioConnection(LineConnection):
     """The parent: when it has no more to say, or is gone, the daemon is not wanted any more."""
 
-    def __init__(self, front: "Front", ended: Callable[[], None]) -> None:
+    def __init__(self, front: Register, ended: Callable[[], None]) -> None:
         super().__init__(front)
         self._ended = ended
 

@@ -9,16 +9,16 @@ import asyncio
 import logging
 from collections.abc import Coroutine
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
+from carserver.config import Settings
 from carserver.core.outbox import Framing, Outbox
+from carserver.core.principals import Principal
 from carserver.front.frames import TEXT, Message, Violation
 from carserver.front.reading import Reading
 from carserver.protocol.closing import Close
-from carserver.rpc.session import Session
-
-if TYPE_CHECKING:
-    from carserver.front.websocket import Front
+from carserver.rpc.dispatcher import Dispatcher
+from carserver.rpc.session import Services, Session
 
 log = logging.getLogger("carserver.front")
 
@@ -44,6 +44,39 @@ class Reader(Protocol):
         ...
 
 
+class Register(Protocol):
+    """The front end, as its connections know it: what they share, and whom they tell how far they are."""
+
+    loop: asyncio.AbstractEventLoop
+    settings: Settings
+    services: Services
+    dispatcher: Dispatcher
+
+    def accepted(self, connection: "Stream") -> bool:
+        """A socket was accepted; False: it is one too many even to be refused in words."""
+        ...
+
+    def full(self, connection: "Stream") -> str | None:
+        """The limit that leaves no room for this connection to open, if one does."""
+        ...
+
+    def session(self, connection: "Stream", principal: Principal | None, *, provisional: bool = False) -> Session:
+        """A connection is open."""
+        ...
+
+    def authenticated(self, connection: "Stream") -> None:
+        """It has a principal now."""
+        ...
+
+    def flush_soon(self, connection: "Stream") -> None:
+        """It has something to send: at the end of this tick, joined with what else comes in it."""
+        ...
+
+    def lost(self, connection: "Stream") -> None:
+        """Its socket is gone."""
+        ...
+
+
 class Stream(asyncio.Protocol):
     """A socket that was accepted; implements `rpc.session.Transport` once it is open.
 
@@ -53,7 +86,7 @@ class Stream(asyncio.Protocol):
         framing: Makes the transport's frame of one JSON text.
     """
 
-    def __init__(self, front: "Front", reader: Reader, framing: Framing) -> None:
+    def __init__(self, front: Register, reader: Reader, framing: Framing) -> None:
         self._front = front
         self._loop = front.loop
         self._settings = front.settings
