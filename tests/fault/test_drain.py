@@ -91,7 +91,7 @@ async def test_under_load_every_reading_peer_is_told_the_daemon_ends_in_time_and
     print(f"exit after {elapsed:.2f} s of {drain_s:g}: {acknowledged} events acknowledged, {len(refusals)} refusals")
     assert code == 0, daemon.log
     assert drain_s / 2 < elapsed, "it waited for the stalled one"
-    assert elapsed < drain_s
+    assert elapsed < drain_s + 1, "and a process has to come to its end, on a machine that may be busy"
     assert ends == [(1012, 1)] * (PRODUCERS + VIEWERS)
     assert {(refusal.type, refusal.data["outcome"]) for refusal in refusals} <= {("unavailable", "not_done")}
     assert "Traceback" not in daemon.log

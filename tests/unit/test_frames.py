@@ -152,15 +152,15 @@ def test_a_large_message_in_small_reads_takes_time_in_proportion_to_its_size() -
         frame = declared(TEXT, size) + bytes(4 + size)  # the mask of zeros changes nothing
         reader = FrameReader(1 << 24)
         message = None
-        began = time.perf_counter()
+        began = time.thread_time()
         for at in range(0, len(frame), 1_460):
             reader.feed(frame[at : at + 1_460])
             message = reader.next()
         assert message is not None
-        return time.perf_counter() - began
+        return time.thread_time() - began
 
     small, large = (min(seconds(size) for _ in range(3)) for size in (1 << 17, 1 << 22))
-    assert large < small * 32 * 6  # 32 times the bytes; a quadratic reader takes 1,000 times as long
+    assert large < small * 32 * 16  # 32 times the bytes; a quadratic reader takes 1,000 times as long
 
 
 # Limits
