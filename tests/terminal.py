@@ -39,6 +39,7 @@ class Terminal:
         self.scrollback = ""
         self.foreign: list[str] = []
         self.modes: set[str] = set()  # those that were set last: of each h and l, one
+        self.styles: set[str] = set()  # of text: colours, bold
         self.frames = 0  # writes on the second screen that began a line anew
         self.size = (columns, lines)
         self.ours, self.theirs = os.openpty()
@@ -151,7 +152,7 @@ class Terminal:
             self.modes -= {sequence[:-1] + "h", sequence[:-1] + "l"}
             self.modes.add(sequence)
         elif sequence.endswith("m"):
-            pass
+            self.styles.add(sequence)
         elif not self.is_open:
             self.foreign.append(sequence)
         elif place:

@@ -6,7 +6,7 @@ import click
 import msgspec
 
 from carserver.cli.endpoint import Daemon, daemon_options
-from carserver.cli.output import data, json_data, note
+from carserver.cli.output import counted, data, json_data, note
 from carserver.cli.plain import visible
 from carserver.protocol.server import BackedUp
 
@@ -16,7 +16,7 @@ from carserver.protocol.server import BackedUp
 @click.option("--json", "as_json", is_flag=True, help="The daemon's answer.")
 @daemon_options
 def backup(*, path: str, as_json: bool, state_dir: str | None, url: str | None) -> None:
-    """Copy all that the daemon stores into the new file PATH, while it goes on with its work.
+    """Copy everything into the new file PATH, while work goes on.
 
     The daemon writes the file, so with --url of another machine or container PATH is a path there. It is for the
     daemon's user alone, and replaces nothing. To restore it, put it as carserver.db into an empty folder and start the
@@ -38,4 +38,4 @@ def backup(*, path: str, as_json: bool, state_dir: str | None, url: str | None) 
         return
     made = msgspec.json.decode(raw, type=BackedUp)
     data(visible(made.path))
-    note(f"{made.bytes} bytes, {made.runs} runs")
+    note(f"{counted(made.bytes, 'byte')}, {counted(made.runs, 'run')}")

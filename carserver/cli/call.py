@@ -16,12 +16,19 @@ from carserver.cli.output import json_data
 @click.argument("method")
 @click.argument("params", metavar="[JSON]", required=False)
 @click.option("--as", "who", default="client", metavar="WHO", help="host, client or agent:ID. [client]")
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=30.0, help="Seconds. [30]")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=30.0,
+    metavar="SECONDS",
+    help="To wait for the answer. [30]",
+)
 @daemon_options
 def call(*, method: str, params: str | None, who: str, timeout: float, state_dir: str | None, url: str | None) -> None:
-    """Call METHOD with the params JSON (an object or an array; - reads it from standard input).
+    """Call METHOD with the params JSON.
 
-    Prints the result as JSON: indented at a terminal, on one line in a pipe.
+    They are an object or an array; - reads them from standard input. Prints the result as JSON: indented at a terminal,
+    on one line in a pipe.
     """
     from carserver.cli.talk import talk  # noqa: PLC0415 - brings websockets
 

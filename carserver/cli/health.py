@@ -14,15 +14,25 @@ _CHECKS = (("/healthz", "not healthy"), ("/readyz", "not ready"))
 
 
 @click.command()
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=5.0, help="Seconds a check. [5]")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=5.0,
+    metavar="SECONDS",
+    help="For each of its two checks. [5]",
+)
 @daemon_options
 def health(*, timeout: float, state_dir: str | None, url: str | None) -> int:
-    """Ask the daemon whether it is well and takes work: prints ok (exit 0) or what is wrong (1; 69 unreachable)."""
+    """Ask the daemon whether it is well and takes work.
+
+    Prints ok (exit code 0), or what is wrong (1; 69 where it cannot be reached).
+    """
     address = Daemon(state_dir, url).url()
     for path, otherwise in _CHECKS:
         status, text = _get(address, path, timeout)
         if status != http.client.OK:
-            data(f"{otherwise}: {visible(clipped(text, 200)) or status}")
+            told = visible(clipped(text.removeprefix(f"{otherwise}: "), 200))
+            data(f"{otherwise}: {told or status}")
             return ExitCode.RUNTIME
     data("ok")
     return ExitCode.OK

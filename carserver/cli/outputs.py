@@ -46,8 +46,8 @@ def outputs() -> None:
 
 @outputs.command("ls")
 @click.option("--task", "task_id", metavar="ID", help="Only those of this task.")
-@click.option("--attempt", type=click.IntRange(min=0), help="Only those of this attempt of the task.")
-@click.option("--limit", type=click.IntRange(min=1), default=_PAGE, help="How many at most. [1000]")
+@click.option("--attempt", type=click.IntRange(min=0), metavar="N", help="Only those of this attempt of the task.")
+@click.option("--limit", type=click.IntRange(min=1), default=_PAGE, metavar="N", help="How many at most. [1000]")
 @click.option("--json", "as_json", is_flag=True, help="One output a line, as the daemon has it.")
 @daemon_options
 def list_outputs(
@@ -59,7 +59,10 @@ def list_outputs(
     state_dir: str | None,
     url: str | None,
 ) -> None:
-    """List outputs in the order of their appending: a table at a terminal, tab-separated lines in a pipe."""
+    """List outputs in the order of their appending.
+
+    At a terminal it is a table, in a pipe tab-separated lines.
+    """
     if attempt is not None and task_id is None:
         raise CommandError("--attempt needs --task: attempts are counted within a task", ExitCode.USAGE)
     found, more = _found(Daemon(state_dir, url), {"task_id": task_id, "attempt": attempt}, limit)
@@ -113,13 +116,14 @@ def get_output(*, output_id: str, as_json: bool, state_dir: str | None, url: str
 
 @outputs.command("read")
 @click.argument("output_id", metavar="ID")
-@click.option("--offset", type=click.IntRange(min=0), default=0, help="Begin at this byte. [0]")
-@click.option("--length", type=click.IntRange(min=1), help="At most so many bytes. [all]")
+@click.option("--offset", type=click.IntRange(min=0), default=0, metavar="N", help="Begin at this byte. [0]")
+@click.option("--length", type=click.IntRange(min=1), metavar="N", help="At most so many bytes. [all]")
 @daemon_options
 def read_output(*, output_id: str, offset: int, length: int | None, state_dir: str | None, url: str | None) -> None:
-    """Write the content of output ID to standard output: the very bytes in a pipe, visible text at a terminal.
+    """Write the content of output ID to standard output.
 
-    What is read whole is compared with the SHA-256 that was taken when it was appended.
+    In a pipe it is the very bytes, at a terminal visible text. What is read whole is compared with the SHA-256 that was
+    taken when it was appended.
     """
     from carserver.cli.talk import talk  # noqa: PLC0415 - brings websockets
 
@@ -161,6 +165,8 @@ def _write_part(content: bytes, part: OutputSlice) -> None:
         sys.stdout.buffer.flush()
     elif part.encoding == "utf8":
         sys.stdout.write(visible_lines(part.data))
+        if part.eof and not part.data.endswith("\n"):
+            sys.stdout.write("\n")  # the prompt that follows is none of it
         sys.stdout.flush()
     else:
         raise CommandError(f"{part.size} bytes that are no text: send them to a file or a pipe", ExitCode.USAGE)

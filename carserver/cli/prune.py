@@ -9,7 +9,7 @@ import click
 
 from carserver.cli.endpoint import Daemon, daemon_options
 from carserver.cli.errors import CommandError, ExitCode
-from carserver.cli.output import data, json_data, note
+from carserver.cli.output import counted, data, json_data, note
 from carserver.cli.plain import visible
 from carserver.protocol.pruning import Pruned
 
@@ -70,9 +70,10 @@ def prune(
     state_dir: str | None,
     url: str | None,
 ) -> None:
-    """Delete runs that are over, oldest ended first, with their outputs. Live runs stay.
+    """Delete runs that are over, with their outputs.
 
-    At a terminal it shows what would go, and asks. --older-than deletes outputs without a run, too.
+    Those that ended first go first; live runs stay. At a terminal it shows what would go, and asks. --older-than
+    deletes outputs without a run, too.
     """
     given = {"older_than_ms": older_than, "max_runs": max_runs, "max_bytes": max_bytes}
     params = {name: value for name, value in given.items() if value is not None}
@@ -123,7 +124,9 @@ def _prune(daemon: Daemon, params: dict[str, Any]) -> tuple[Pruned, bytes]:
 def _told(pruned: Pruned) -> str:
     """The counts, for a person."""
     verb = "would be deleted" if pruned.dry_run else "deleted"
-    words = f"{pruned.runs} runs and {pruned.outputs} outputs {verb}, {pruned.bytes} bytes"
+    words = (
+        f"{counted(pruned.runs, 'run')} and {counted(pruned.outputs, 'output')} {verb}, {counted(pruned.bytes, 'byte')}"
+    )
     if pruned.damaged_runs:
-        words += f"; {pruned.damaged_runs} runs are damaged and stay"
+        words += f"; damaged, and stay: {counted(pruned.damaged_runs, 'run')}"
     return words

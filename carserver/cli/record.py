@@ -17,7 +17,7 @@ from msgspec import Raw, Struct
 
 from carserver.cli.errors import CommandError
 from carserver.cli.lines import Entry, LineError, Reader, batches
-from carserver.cli.output import data, note
+from carserver.cli.output import counted, data, note
 from carserver.cli.plain import visible
 from carserver.cli.talk import ANSWER_S, explained
 from carserver.client import CallError, ClientError, Connection, Pauses
@@ -71,9 +71,11 @@ async def record(
     recorder = Recorder(open_connection, run_id, creation, began, Pauses(patience_s))
     try:
         await recorder.record(source)
-    except RunStopped as stopped:
-        raise CommandError(visible(str(stopped))) from None
-    except LineError as error:
+    except (RunStopped, LineError, ClientError) as error:
+        if recorder.events:
+            note(f"{counted(recorder.events, 'event')} acknowledged, then it broke off")
+        if isinstance(error, ClientError):
+            raise
         raise CommandError(visible(str(error))) from None
     _report(recorder, as_json=as_json)
 
@@ -87,7 +89,7 @@ def _report(recorder: "Recorder", *, as_json: bool) -> None:
     }
     if as_json:
         data(msgspec.json.encode(result).decode())
-    note(f"{recorder.events} events recorded, the run is {recorder.status}")
+    note(f"{counted(recorder.events, 'event')} recorded, the run is {recorder.status}")
     if recorder.status in LIVE:
         note("nobody attends it any more: unless somebody goes on with it, it becomes interrupted")
 
@@ -112,6 +114,7 @@ class Recorder:
         self._began = began
         self._pauses = pauses
         self._begun = False
+        self._told = False  # that there is trouble
         self._waiting: Batches = asyncio.Queue(_PREPARED)
         self._current: Batch | LineError | None = None
         self._has_current = False
@@ -152,7 +155,12 @@ class Recorder:
                 await self._begin(connection)
                 await self._session(connection)
         except ClientError as error:
-            if not self._begun or not error.passing or not await self._pauses.pause(_asked_for(error)):
+            if not self._begun or not error.passing:
+                raise
+            if not self._told:
+                self._told = True
+                note(f"{visible(explained(error).message)}; trying again")
+            if not await self._pauses.pause(_asked_for(error)):
                 raise
             return False
         return True
@@ -171,7 +179,12 @@ class Recorder:
             self._begun = True
             self._began(run.id)
         if not self._has_current:
-            self._pauses.reset()
+            self._through()
+
+    def _through(self) -> None:
+        """What was being tried is done."""
+        self._told = False
+        self._pauses.reset()
 
     async def _attend(self, connection: Connection, run_id: str) -> Snapshot:
         try:
@@ -216,7 +229,7 @@ class Recorder:
                 return
             await self._send_batch(connection, self._current)
             self._has_current = False
-            self._pauses.reset()
+            self._through()
 
     async def _send_batch(self, connection: Connection, batch: Batch) -> None:
         params = {

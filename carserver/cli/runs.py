@@ -1,5 +1,6 @@
 """`carserver runs …`: looking at runs, following one, recording one, cancelling and deleting some."""
 
+import os
 import sys
 from typing import Any
 
@@ -33,11 +34,14 @@ def runs() -> None:
 @click.option("--status", type=click.Choice([status.value for status in Status]), help="Only those in this status.")
 @click.option("--session", "session_id", metavar="ID", help="Only those of this session.")
 @click.option("--agent", "agent_id", metavar="ID", help="Only those of this agent.")
-@click.option("--limit", type=click.IntRange(min=1), default=50, help="How many at most. [50]")
+@click.option("--limit", type=click.IntRange(min=1), default=50, metavar="N", help="How many at most. [50]")
 @click.option("--json", "as_json", is_flag=True, help="One run a line, as the daemon has it.")
 @daemon_options
 def list_runs(*, limit: int, as_json: bool, state_dir: str | None, url: str | None, **filters: str | None) -> None:
-    """List runs, newest first: a table at a terminal, tab-separated lines in a pipe."""
+    """List runs, newest first.
+
+    At a terminal it is a table, in a pipe tab-separated lines.
+    """
     from carserver.cli.talk import talk  # noqa: PLC0415 - brings websockets
     from carserver.cli.watch import newest  # noqa: PLC0415 - likewise
 
@@ -98,7 +102,10 @@ def cancel_run(*, run_id: str, reason: str | None, as_json: bool, state_dir: str
 @click.option("--as", "who", default="client", metavar="WHO", help="Whose runs: client, host or agent:ID. [client]")
 @daemon_options
 def delete_runs(*, run_ids: tuple[str, ...], who: str, state_dir: str | None, url: str | None) -> None:
-    """Delete runs that are over, with their outputs. Only their owner may; `carserver prune` is the host's."""
+    """Delete runs that are over, with their outputs.
+
+    Only their owner may; the host has `carserver prune`.
+    """
     from carserver.cli.talk import ANSWER_S, talk  # noqa: PLC0415 - brings websockets
 
     open_connection = Daemon(state_dir, url).opener(who, notifications=0)
@@ -114,7 +121,9 @@ def delete_runs(*, run_ids: tuple[str, ...], who: str, state_dir: str | None, ur
 
 @runs.command("trace")
 @click.argument("run_id", metavar="ID")
-@click.option("--cursor", type=click.IntRange(min=0), help="Go on from there; other than 0 it needs --epoch.")
+@click.option(
+    "--cursor", type=click.IntRange(min=0), metavar="N", help="Go on from there; other than 0 it needs --epoch."
+)
 @click.option("--epoch", help="The log that the cursor is of.")
 @click.option("--plain", is_flag=True, help="A line for each event at a terminal too, not the live view.")
 @click.option("--json", "as_json", is_flag=True, help="One record a line, as the daemon sends it.")
@@ -193,7 +202,9 @@ def watch_runs(*, plain: bool, as_json: bool, state_dir: str | None, url: str | 
     help="What a line is: an event where it looks like one, always an event, always text. [auto]",
 )
 @click.option("--as", "who", default="client", metavar="WHO", help="client, host or agent:ID. [client]")
-@click.option("--patience", type=click.FloatRange(min=0), default=60.0, help="Seconds to wait for a lost daemon. [60]")
+@click.option(
+    "--patience", type=click.FloatRange(min=0), default=60.0, metavar="SECONDS", help="To wait for a lost daemon. [60]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON at the end, not the run's id first.")
 @daemon_options
 def record_run(
@@ -207,10 +218,10 @@ def record_run(
     url: str | None,
     **creation: str | None,
 ) -> None:
-    """Record standard input as a run's events, and attend the run until the input ends.
+    """Record standard input as a run's events.
 
-    A line that is a JSON object with a string "type" is an event; any other line is recorded as a text_delta. Prints
-    the run's id. Ends with exit code 1 if the run is cancelled.
+    The run is attended until the input ends. A line that is a JSON object with a string "type" is an event; any other
+    line is recorded as a text_delta. Prints the run's id. Ends with exit code 1 if the run is cancelled.
     """
     from carserver.cli.record import record  # noqa: PLC0415 - brings websockets
     from carserver.cli.talk import talk  # noqa: PLC0415 - likewise
@@ -247,8 +258,8 @@ def _ask(daemon: Daemon, method: str, params: dict[str, Any]) -> Raw:
 
 
 def _takes_a_view() -> bool:
-    """Whether standard output is a terminal that shows colours, and the signs of the live views."""
-    return in_colour() and "utf" in (sys.stdout.encoding or "").lower()
+    """Whether standard output is a terminal that can be painted, and has the signs of the live views."""
+    return at_terminal() and os.environ.get("TERM") != "dumb" and "utf" in (sys.stdout.encoding or "").lower()
 
 
 def _member(name: str, value: Raw) -> str:

@@ -9,8 +9,9 @@ import msgspec
 
 from carserver.cli.output import in_colour, json_data, note
 from carserver.cli.plain import clipped, visible, visible_lines
-from carserver.client import ClientError, Traced, trace
+from carserver.client import CallError, ClientError, Traced, TraceReset, trace
 from carserver.client.trace import Opener
+from carserver.protocol.errors import ErrorKind
 
 _TEXT_CHARACTERS = 400  # of an event that is not text itself; the whole is in --json
 _TYPE_WIDTH = 20
@@ -50,12 +51,18 @@ async def follow(open_connection: Opener, run_id: str, *, cursor: int, epoch: st
                 else:
                     sys.stdout.write(view.show(record))
                     sys.stdout.flush()
-    except ClientError:
-        if last is not None:
-            note(f"to go on from here: --cursor {last.cursor} --epoch {visible(last.epoch)}")
+    except ClientError as error:
+        note_position(last, error)
         raise
     finally:
         sys.stdout.write(view.close())
+
+
+def note_position(last: Traced | None, error: ClientError) -> None:
+    """How to go on where a trace broke off; nothing where there is no such log any more."""
+    gone = isinstance(error, TraceReset) or (isinstance(error, CallError) and error.type == ErrorKind.NOT_FOUND.type)
+    if last is not None and not gone:
+        note(f"to go on from here: --cursor {last.cursor} --epoch {visible(last.epoch)}")
 
 
 class TraceView:

@@ -8,7 +8,7 @@ import click
 
 from carserver.cli.endpoint import Daemon, daemon_options
 from carserver.cli.errors import CommandError, ExitCode
-from carserver.cli.output import note
+from carserver.cli.output import counted, note
 
 
 @click.command("export")
@@ -16,10 +16,10 @@ from carserver.cli.output import note
 @click.option("--force", is_flag=True, help="Take the place of a FILE that is there.")
 @daemon_options
 def export(*, file: str, force: bool, state_dir: str | None, url: str | None) -> int:
-    """Write all runs and outputs to FILE as JSON lines, or to standard output (-).
+    """Write all runs and outputs to FILE, as JSON lines.
 
-    FILE appears when it is complete, readable by its owner alone. What is recorded meanwhile may be in it or not; each
-    run in it is as it was at one moment.
+    - is standard output. FILE appears when it is complete, readable by its owner alone. What is recorded meanwhile may
+    be in it or not; each run in it is as it was at one moment.
     """
     from carserver.cli.sink import new_file  # noqa: PLC0415 - brings asyncio
 
@@ -59,9 +59,9 @@ def _export(daemon: Daemon, descriptor: int) -> int:
             return exporter
 
     done = talk(conversation())
-    note(f"{done.runs} runs, {done.events} events and {done.outputs} outputs exported")
+    note(f"{counted(done.runs, 'run')}, {counted(done.events, 'event')} and {counted(done.outputs, 'output')} exported")
     if done.left_out:
-        note(f"{done.left_out} runs are left out: their logs cannot be read")
+        note(f"left out, because the log cannot be read: {counted(done.left_out, 'run')}")
         return ExitCode.RUNTIME
     return ExitCode.OK
 
@@ -70,10 +70,10 @@ def _export(daemon: Daemon, descriptor: int) -> int:
 @click.argument("file", metavar="FILE")
 @daemon_options
 def import_(*, file: str, state_dir: str | None, url: str | None) -> None:
-    """Take in the runs and outputs of FILE (- is standard input), as `carserver export` wrote it.
+    """Take in the runs and outputs that were exported to FILE.
 
-    What is there with the same content is skipped, so an import that broke off is simply run again. What is there with
-    other content ends it. Runs become the host's.
+    - is standard input. What is there with the same content is skipped, so an import that broke off is simply run
+    again. What is there with other content ends it. Runs become the host's.
     """
     from carserver.cli.importer import batches, send  # noqa: PLC0415 - brings websockets
     from carserver.cli.sink import progress  # noqa: PLC0415 - likewise
@@ -95,6 +95,5 @@ def import_(*, file: str, state_dir: str | None, url: str | None) -> None:
             done = talk(send(open_connection, batches(source)))
         finally:
             progress()
-    note(
-        f"{done.runs} runs, {done.events} events and {done.outputs} outputs imported; {done.skipped} were there already"
-    )
+    taken = f"{counted(done.runs, 'run')}, {counted(done.events, 'event')} and {counted(done.outputs, 'output')}"
+    note(f"{taken} imported; {done.skipped:,} were there already")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.text import Text
 
+from carserver.cli.output import counted
 from carserver.cli.plain import clipped, visible, visible_lines
 from carserver.cli.view_model import RunModel
 from carserver.cli.view_tree import Kind, Node, State, Writing
@@ -139,8 +140,8 @@ def _header(model: RunModel, width: int, now_ms: int, *, still: bool = False) ->
 def facts(model: RunModel) -> str:
     """The run in figures, and whose it is."""
     counts, tokens = model.tree.counts, model.tokens
-    told = [f"{model.cursor:,} events" + (f" (from {model.first + 1:,} on)" if model.first else "")]
-    told += [_counted(counts[kind], kind) for kind in (Kind.STEP, Kind.TURN, Kind.TOOL) if counts[kind]]
+    told = [counted(model.cursor, "event") + (f" (from {model.first + 1:,} on)" if model.first else "")]
+    told += [counted(counts[kind], kind) for kind in (Kind.STEP, Kind.TURN, Kind.TOOL) if counts[kind]]
     if counts["failed"]:
         told[-1] += f" ({counts['failed']:,} failed)"
     if tokens.total:
@@ -229,7 +230,7 @@ def line_of(line: Line, width: int, now_ms: int, over: bool, *, still: bool = Fa
         left.append(f"  {visible(clipped(detail, width))}", "dim" if node.kind in {Kind.TOOL, Kind.NOTE} else "")
     if node.exit_code:
         left.append(f"  exit code {visible(clipped(str(node.exit_code), 12))}", "red")
-    said = node.output.rstrip().rpartition("\n")[2].replace("\t", " ").strip()
+    said = node.output.rstrip().replace("\r", "\n").rpartition("\n")[2].replace("\t", " ").strip()  # \r: progress
     if said and wide:
         left.append(f"  → {visible(clipped(said, width))}", "red" if node.state is State.FAILED else "dim")
     return fit(left, _measures(node, width, now_ms, over), width)
@@ -258,14 +259,10 @@ def _sign(node: Node, running: str, over: bool) -> tuple[str, str]:
 
 
 def _folded(folded: Counter[str]) -> str:
-    told = [_counted(folded[kind], kind) for kind in Kind if folded[kind]]
+    told = [counted(folded[kind], kind) for kind in Kind if folded[kind]]
     if folded["failed"]:
         told.append(f"{folded['failed']:,} of them failed")
     return ", ".join(told)
-
-
-def _counted(number: int, kind: Kind) -> str:
-    return f"{number:,} {kind}{'' if number == 1 else 's'}"
 
 
 # --------------------------------------------------------------------------------------------------------- the text

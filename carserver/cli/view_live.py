@@ -15,9 +15,8 @@ from typing import Any, Protocol
 
 from rich.text import Text
 
-from carserver.cli.output import note
-from carserver.cli.plain import visible
 from carserver.cli.talk import ANSWER_S
+from carserver.cli.trace import note_position
 from carserver.cli.view import ansi, record, screen
 from carserver.cli.view_model import RunModel
 from carserver.cli.view_screen import Screen
@@ -161,9 +160,8 @@ async def follow_live(open_connection: Opener, run_id: str, *, cursor: int | Non
     with giving_back(display):
         try:
             await shown(display, view, view.follow(), after_s=0.0 if run.status in LIVE else _ENDED_S)
-        except ClientError:
-            if view.last is not None:
-                note(f"to go on from here: --cursor {view.last.cursor} --epoch {visible(view.last.epoch)}")
+        except ClientError as error:
+            note_position(view.last, error)
             raise
         finally:
             if view.last is not None:
@@ -229,9 +227,11 @@ class RunView:
                 model.settle(await self._link.snapshot(model.run_id))
             if self._was_over or model.status != Status.INTERRUPTED:
                 return
-            await self._until_it_goes_on()
+            run = await self._until_it_goes_on()
+            if run.status in LIVE:
+                model.resume(run)
 
-    async def _until_it_goes_on(self) -> None:
+    async def _until_it_goes_on(self) -> Snapshot:
         pauses = Pauses(PATIENCE_S)
         while True:
             await asyncio.sleep(_LOOK_AGAIN_S)
@@ -243,7 +243,7 @@ class RunView:
                 continue
             pauses.reset()
             if run.status is not Status.INTERRUPTED or run.event_count > self._cursor:
-                return
+                return run
 
     def _trouble(self) -> str:
         if not self._link.up:

@@ -25,6 +25,7 @@ from carserver.cli.view_words import (
     count,
     first_text,
     fraction,
+    given,
     key,
     members,
     text,
@@ -129,6 +130,11 @@ class RunModel:
         """What only the snapshot tells, once the run is over."""
         self.reason = run.cancel_reason or run.interrupted_reason
         self.ended_ms = run.ended_at_ms or self.ended_ms
+        self.changes += 1
+
+    def resume(self, run: Snapshot) -> None:
+        """An interrupted run goes on: its owner is back, and no event has said so yet."""
+        self.status, self.over, self.reason, self.ended_ms = run.status, False, None, None
         self.changes += 1
 
     def elapsed_ms(self, now_ms: int) -> int:
@@ -297,7 +303,7 @@ class RunModel:
             node = self._tool(event)
         for name in ("args", "arguments", "input", "parameters"):
             if event.get(name):
-                node.detail = told(event[name])
+                node.detail = given(event[name])
         self._latest_tool = node
 
     def _tool(self, event: dict[str, Any]) -> Node:

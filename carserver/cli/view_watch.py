@@ -19,6 +19,7 @@ _BUSY_MS = 10_000  # runs that changed within it keep their order, rather than c
 _RECORD_LINES = 20
 _NAME_CELLS = 16  # of an agent or a session, at most
 _ID_CELLS = 40
+_SHORT_ID_CELLS = 12  # where it does not fit whole, it is of no use but to tell runs apart
 _LEAST_ID_CELLS = 8
 _LEAST_PROMPT_CELLS = 12
 _GAP = 2
@@ -107,7 +108,9 @@ def _columns(rows: list[Seen], width: int, now_ms: int) -> list[_Column]:
     status = _column("STATUS", [run.status for run in runs])
     elapsed = _column("ELAPSED", [_elapsed(seen, now_ms) for seen in rows], to_the_right=True)
     room = width - status.width - elapsed.width - 2 * _GAP
-    id_ = _column("RUN", [run.id for run in runs], min(_ID_CELLS, max(room, _LEAST_ID_CELLS)))
+    id_ = _column("RUN", [run.id for run in runs], _ID_CELLS)
+    if id_.width > room:
+        id_ = id_._replace(width=max(min(room, _SHORT_ID_CELLS), _LEAST_ID_CELLS))
     room -= id_.width
     events = _column("EVENTS", [f"{run.event_count:,}" for run in runs], to_the_right=True)
     prompt = _column("PROMPT", [run.prompt for run in runs])

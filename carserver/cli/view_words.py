@@ -4,6 +4,7 @@ Everything here is bounded: a value of any size is told in a few words, without 
 """
 
 import reprlib
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -76,13 +77,20 @@ def members(event: dict[str, Any]) -> str:
     return clipped("  ".join(f"{name}: {told(value)}" for name, value in pairs[:_MEMBERS]), TOLD_CHARACTERS)
 
 
-def arguments(given: str) -> str:
+def arguments(written: str) -> str:
     """A tool's arguments in short: the values of a JSON object, or what there is of it so far."""
     try:
-        value = msgspec.json.decode(given.encode("utf-8", "replace"))
+        value = msgspec.json.decode(written.encode("utf-8", "replace"))
     except (msgspec.DecodeError, RecursionError):
-        return given
-    return "  ".join(told(one) for one in value.values()) if isinstance(value, dict) else told(value)
+        return written
+    return given(value)
+
+
+def given(value: Any) -> str:
+    """What a tool was given, in short: the values of an object."""
+    if not isinstance(value, dict):
+        return told(value)
+    return clipped("  ".join(told(one) for one in islice(value.values(), _MEMBERS)), TOLD_CHARACTERS)
 
 
 def fraction(event: dict[str, Any]) -> float | None:

@@ -243,6 +243,7 @@ async def test_a_path_that_is_not_absolute_taken_or_in_no_folder_is_refused_and_
         str(taken / "backup.db"): "is no folder",
         str(tmp_path / ("x" * 250)): "File name too long",
         str(daemon.state / "carserver.db.carried-x"): "the daemon's own",
+        str(daemon.state / "damaged"): "the daemon's own",  # a start takes it for its mark, and removes it
     }
     async with peer(daemon, "host-token") as host, peer(daemon) as client:
         for path, why in refused_paths.items():
@@ -291,7 +292,7 @@ def test_the_command_makes_the_path_absolute_and_prints_it(daemon: Daemon, tmp_p
     )
     target = tmp_path / "mine.db"
     assert (done.returncode, done.stdout) == (0, f"{target}\n"), done.stderr
-    assert f"{target.stat().st_size} bytes, 0 runs" in done.stderr
+    assert f"{target.stat().st_size:,} bytes, 0 runs" in done.stderr
     again = carserver("backup", str(target), "--state-dir", str(daemon.state))
     assert (again.returncode, again.stdout) == (1, "")
     assert "is there already" in again.stderr

@@ -329,7 +329,7 @@ def test_health_says_what_is_wrong(capsys: Captured) -> None:
     with FakeDaemon() as daemon:
         assert run(["health", "--url", daemon.url]) == 0
         assert capsys.readouterr().out == "ok\n"
-        daemon.pages["/readyz"] = (503, "storage: disk\x1b full")
+        daemon.pages["/readyz"] = (503, "not ready: storage: disk\x1b full\n")  # as the daemon says it
         assert run(["health", "--url", daemon.url]) == 1
         assert capsys.readouterr().out == "not ready: storage: disk\\x1b full\n"
         daemon.pages["/healthz"] = (500, "")

@@ -188,6 +188,9 @@ def test_read_at_a_terminal_shows_text_and_refuses_what_is_none(capsys: Captured
     with FakeDaemon({"outputs.read": content(f"{HOSTILE}\n".encode())}) as daemon:
         assert run(["outputs", "read", "out-0000000001", "--url", daemon.url]) == 0
         assert capsys.readouterr().out == "[red]x[/]\\x1b]0;title\\x07\\u202e\nsecond\n"
+        daemon.answers["outputs.read"] = content(b"no line end")
+        assert run(["outputs", "read", "out-0000000001", "--url", daemon.url]) == 0
+        assert capsys.readouterr().out == "no line end\n", "the prompt that follows has a line of its own"
         daemon.answers["outputs.read"] = content(b"\xff\x1b")
         assert run(["outputs", "read", "out-0000000001", "--url", daemon.url]) == 2
         captured = capsys.readouterr()

@@ -356,6 +356,20 @@ def test_a_run_that_is_not_ours_is_refused_at_once() -> None:
     go(test())
 
 
+def test_trouble_is_told_once_until_it_is_over(capsys: pytest.CaptureFixture[str]) -> None:
+    async def test() -> None:
+        store = Store()
+        full = unavailable("full")
+        store.faults = [full, full, full, None, full, None]
+        with FakeDaemon(store.answers()) as daemon:
+            one, _ = recorder(daemon.url)
+            await one.record(batches(filled(numbered(20), b""), "text", most=10))
+        assert len(store.order) == 20
+
+    go(test())
+    assert capsys.readouterr().err.count("full; trying again") == 2
+
+
 def test_the_patience_of_a_recording_ends() -> None:
     async def test() -> None:
         store = Store()
@@ -408,3 +422,13 @@ def test_the_command_ends_with_1_when_the_run_is_cancelled(tmp_path: Path) -> No
         done = command(tmp_path, daemon.url, "--run", "run-1", input_="one\n")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "carserver: run-1 was cancelled: en\\x1bough\n"
+
+
+def test_the_command_says_how_much_is_recorded_of_an_input_that_breaks_off(tmp_path: Path) -> None:
+    lines = '{"type":"text_delta","text":"a"}\nno event\n'
+    with FakeDaemon(Store().answers()) as daemon:
+        done = command(tmp_path, daemon.url, "--input", "events", input_=lines)
+    assert (done.returncode, done.stdout) == (1, "run-1\n")
+    told, why = done.stderr.splitlines()
+    assert told == "carserver: 1 event acknowledged, then it broke off"
+    assert why.startswith("carserver: line 2 ")

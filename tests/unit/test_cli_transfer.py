@@ -314,7 +314,7 @@ def test_prune_shows_and_asks_at_a_terminal(monkeypatch: pytest.MonkeyPatch, cap
             assert daemon.params_of("server.prune") == asked + [{**params, "dry_run": False}] * says
         out, err = capsys.readouterr()
         assert out == ("r1\nr2\n" if says else "")
-        assert "2 runs and 1 outputs would be deleted, 7 bytes" in err
+        assert "2 runs and 1 output would be deleted, 7 bytes" in err
 
 
 def test_prune_with_nothing_to_delete_asks_nothing(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:

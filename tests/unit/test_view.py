@@ -213,6 +213,16 @@ def test_the_record_of_a_run_that_goes_on_says_so() -> None:
     assert kept[-1] == "the view ended here, the run goes on: carserver runs trace run-1"
 
 
+def test_of_a_tools_progress_the_latest_is_shown_as_at_a_terminal() -> None:
+    model = model_of(
+        [
+            {"type": "tool_start", "id": "c1", "name": "pip"},
+            {"type": "tool_output_delta", "id": "c1", "delta": "begun\r\n 10 %\r 50 %\r"},
+        ]
+    )
+    assert any("pip  → 50 %" in line for line in plain(screen(model, 80, 24, NOW_MS)))
+
+
 def test_the_record_of_a_long_run_is_short_and_says_what_it_leaves_out() -> None:
     events: list[Event] = []
     for n in range(3_000):
@@ -282,6 +292,14 @@ def test_busy_runs_do_not_change_places_with_every_event() -> None:
     assert order == again == ["run-0", "run-1", "run-2", "run-a"]
 
 
+def test_an_id_that_does_not_fit_whole_leaves_room_for_what_tells_runs_apart() -> None:
+    id_ = f"run-{'0123456789ab' * 3}"
+    busy = runs({"id": id_, "status": "executing", "event_count": 7, "prompt": "count to five"})
+    assert id_ in plain(table(busy, 80, 5, NOW_MS))[2]
+    assert plain(table(busy, 55, 5, NOW_MS))[2].split("  ")[0] == "run-0123456…"
+    assert "count to five" in plain(table(busy, 55, 5, NOW_MS))[2]
+
+
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 250])
 @pytest.mark.parametrize("height", [3, 10])
 def test_the_table_fits_and_obeys_nothing(width: int, height: int) -> None:
@@ -294,7 +312,7 @@ def test_the_table_fits_and_obeys_nothing(width: int, height: int) -> None:
     ("variables", "encoding", "expected"),
     [
         ({}, "utf-8", True),
-        ({"NO_COLOR": "1"}, "utf-8", False),
+        ({"NO_COLOR": "1"}, "utf-8", True),
         ({"TERM": "dumb"}, "utf-8", False),
         ({}, "iso8859-1", False),
     ],

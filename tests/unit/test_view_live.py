@@ -81,6 +81,26 @@ def test_a_view_that_breaks_off_leaves_what_was_seen_and_says_where_to_go_on(cap
     assert "--cursor 1 --epoch e1" in captured.err
 
 
+def test_a_run_that_was_deleted_while_it_was_watched_is_not_to_be_gone_on_with(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setattr(view_live, "_LOOK_AGAIN_S", 0.0)
+    runs = iter([snapshot(event_count=1), snapshot(status="interrupted", event_count=1)])
+
+    def get(_: Session, params: Any) -> Any:
+        found = next(runs, None)
+        if found is None:
+            raise RpcError(ErrorKind.NOT_FOUND, "it was deleted")
+        return found
+
+    answers = {"runs.get": get, "runs.trace.subscribe": stream(trace_started(), trace_ended(1, "interrupted"))}
+    with FakeDaemon(answers) as daemon:
+        assert run(["runs", "trace", "run-1", "--url", daemon.url]) == 3
+    captured = capsys.readouterr()
+    assert "interrupted" in captured.out
+    assert captured.err == "carserver: it was deleted\n"
+
+
 def test_a_reason_that_cannot_be_had_is_missed_and_nothing_else(capsys: Captured) -> None:
     runs = iter([snapshot(status="cancelled", event_count=1)])
 

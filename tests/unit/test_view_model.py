@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,17 @@ def test_members_of_any_length_are_kept_short() -> None:
 def test_progress_is_understood_by_the_names_in_use(event: Event, expected: float | None) -> None:
     model = model_of([{"type": "tool_start", "id": "c1", "name": "bash"}, {"type": "tool_news", "id": "c1", **event}])
     assert model.tree.root.children[0].fraction == expected
+
+
+def test_what_a_tool_was_given_is_told_the_same_whether_it_came_whole_or_in_pieces() -> None:
+    given = {"command": "ls -l", "timeout": 5}
+    whole = model_of([{"type": "tool_start", "id": "c1", "name": "bash", "args": given}])
+    pieces = [
+        {"type": "tool_input_delta", "id": "c1", "delta": piece} for piece in re.findall("..?", json.dumps(given))
+    ]
+    streamed = model_of([{"type": "tool_start", "id": "c1", "name": "bash"}, *pieces])
+    assert whole.tree.root.children[0].detail == "ls -l  5"
+    assert arguments(streamed.tree.root.children[0].input) == "ls -l  5"
 
 
 def test_news_of_a_tool_by_its_id_is_shown_at_the_tool() -> None:

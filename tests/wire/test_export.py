@@ -122,7 +122,7 @@ async def test_there_and_back_it_is_equal_to_the_byte_and_the_same_again_is_skip
     assert "27 runs" in told
     assert stat.S_IMODE(first.stat().st_mode) == 0o600
     assert await command(empty, "import", str(first)) == 0
-    assert "27 runs, 5049 events and 5 outputs imported; 0 were there already" in capfd.readouterr().err
+    assert "27 runs, 5,049 events and 5 outputs imported; 0 were there already" in capfd.readouterr().err
     assert await command(empty, "export", str(second)) == 0
     assert first.read_bytes() == second.read_bytes()
     for daemon in (empty, full):
@@ -213,7 +213,7 @@ async def test_prune_and_delete_by_command(start: StartDaemon, capfd: pytest.Cap
             await client.call("runs.cancel", {"run_id": run_id})
         assert await command(daemon, "prune", "--max-runs", "3", "--dry-run") == 0
         out, err = capfd.readouterr()
-        assert (out, "1 runs and 0 outputs would be deleted" in err) == (f"{runs[0]}\n", True)
+        assert (out, "1 run and 0 outputs would be deleted" in err) == (f"{runs[0]}\n", True)
         assert await command(daemon, "prune", "--max-runs", "3") == 2
         assert "--yes" in capfd.readouterr().err
         assert len((await host.call("runs.list"))["runs"]) == 4

@@ -1,6 +1,7 @@
 """What a person sees at a terminal: the real command in a pseudo-terminal, with a real daemon."""
 
 import json
+import re
 import signal
 import time
 from collections.abc import AsyncIterator
@@ -184,6 +185,19 @@ async def test_an_interrupted_run_is_waited_for_and_goes_on(start: StartDaemon) 
     assert "Done after all." in view.scrollback
 
 
+async def test_a_run_that_its_owner_resumed_is_live_before_anything_happens_in_it(start: StartDaemon) -> None:
+    daemon = start(grace_s=0.1)
+    async with traced(daemon) as (owner, run_id, view):
+        await owner.socket.close()
+        await view.until(lambda: "interrupted: it goes on when its owner comes back" in view.screen)
+        async with peer(daemon) as again:
+            await again.call("runs.resume", {"run_id": run_id})
+            await view.until(lambda: "executing" in view.screen and "interrupted" not in view.screen)
+            await again.record(run_id, {"type": "agent_end", "text": "Done after all."})
+            assert await view.ended() == 0
+    assert "Done after all." in view.scrollback
+
+
 async def test_the_view_goes_on_through_a_restart_of_the_daemon(start: StartDaemon) -> None:
     daemon = start()
     async with traced(daemon) as (_, run_id, view):
@@ -198,6 +212,14 @@ async def test_the_view_goes_on_through_a_restart_of_the_daemon(start: StartDaem
     assert "2 turns" in view.scrollback
 
 
+async def test_who_wants_no_colour_has_the_view_without_it(daemon: Daemon) -> None:
+    async with traced(daemon, NO_COLOR="1") as (owner, run_id, view):
+        await owner.record(run_id, {"type": "error", "message": "x"})
+        assert await view.ended() == 0
+    assert "failed" in view.scrollback
+    assert not [style for style in view.styles if re.search(r"\b[34]\dm?\b|\b9\d\b", style)]
+
+
 async def test_who_wants_no_view_gets_lines(daemon: Daemon) -> None:
     async with peer(daemon) as owner:
         run = await owner.create()
@@ -205,7 +227,6 @@ async def test_who_wants_no_view_gets_lines(daemon: Daemon) -> None:
     wishes: list[tuple[list[str], dict[str, Any]]] = [
         (["--plain"], {}),
         (["--json"], {}),
-        ([], {"NO_COLOR": "1"}),
         ([], {"TERM": "dumb"}),
     ]
     for options, variables in wishes:
