@@ -22,7 +22,7 @@ from carserver.config import Settings
 from carserver.core.ports import Damaged
 from carserver.protocol.errors import invalid_params, overloaded, unavailable
 from carserver.protocol.server import BackedUp
-from carserver.stores.damage import Unreadable, in_words, is_damage
+from carserver.stores.damage import Unreadable, in_words, is_damage, mark_of
 from carserver.stores.inspection import beside, size_of
 from carserver.stores.recovery import sync
 from carserver.stores.rows import mark_copied
@@ -33,6 +33,7 @@ log = logging.getLogger("carserver.storage")
 _STEP_PAGES = 256  # between two looks at whether somebody still wants it
 _SYNC_STEPS = 64  # so that no sync is long, for the writer waits behind it; nor are there many
 _CHECK_STEPS = 1_000_000  # of SQLite's machine, between two such looks while the copy is checked
+_AGAIN_S = 0.05  # between two tries to end that check: one that falls between two statements ends none
 _BESIDE = ("-wal", "-shm", "-journal")
 _NOT_THE_PATHS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
@@ -57,6 +58,7 @@ class Backups:
         self._loop = asyncio.get_running_loop()
         self._thread: threading.Thread | None = None
         self._why_not = ""  # why the one that is under way shall end
+        self._checking: sqlite3.Connection | None = None  # a copy that is being looked at
 
     @property
     def under_way(self) -> bool:
@@ -99,12 +101,15 @@ class Backups:
     def give_up(self, why: str) -> None:
         """The one that is under way ends soon, with nothing left of it."""
         self._why_not = why
+        if self._checking is not None:  # SQLite looks at trees without asking its progress handler
+            with contextlib.suppress(sqlite3.ProgrammingError):  # it is closed
+                self._checking.interrupt()
 
     def close(self) -> None:
         """Waits for the end of what is under way; blocks."""
-        self.give_up("the daemon ends")
-        if self._thread is not None:
-            self._thread.join()
+        while self._thread is not None and self._thread.is_alive():
+            self.give_up("the daemon ends")
+            self._thread.join(_AGAIN_S)
 
     # In the thread.
 
@@ -134,8 +139,9 @@ class Backups:
         for file in (target, *(beside(target, suffix) for suffix in _BESIDE)):
             if os.path.lexists(file):
                 raise invalid_params("path", f"{file} is there already: a backup replaces nothing")
-        if target.name.startswith(self._path.name) and target.parent.samefile(self._path.parent):
-            raise invalid_params("path", f"names that begin with {self._path.name} are the daemon's own in its folder")
+        own = target.name.startswith(self._path.name) or target.name == mark_of(self._path).name
+        if own and target.parent.samefile(self._path.parent):
+            raise invalid_params("path", f"{target.name} is a name of the daemon's own in its folder: choose another")
 
     def _copy(self, temporary: Path, fd: int) -> None:
         steps = 0
@@ -161,7 +167,8 @@ class Backups:
     def _look_at(self, temporary: Path) -> int:
         """Whether the copy is a database, and how many runs are in it."""
         uri = f"{temporary.as_uri()}?mode=ro&immutable=1"  # it is whole without a log
-        with contextlib.closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as copy:
+        with contextlib.closing(sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)) as copy:
+            self._checking = copy
             copy.set_progress_handler(lambda: bool(self._why_not), _CHECK_STEPS)
             try:
                 check_version(copy, temporary)

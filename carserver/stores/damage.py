@@ -35,7 +35,9 @@ def in_words(error: Exception) -> str:
 
 def _is_text(error: Exception) -> bool:
     own = isinstance(error, sqlite3.OperationalError) and not hasattr(error, "sqlite_errorcode")
-    return isinstance(error, UnicodeDecodeError) or (own and str(error).startswith("Could not decode"))
+    if isinstance(error, UnicodeDecodeError) or (own and str(error).startswith("Could not decode")):
+        return True
+    return str(error) == "user-defined function raised exception"  # `row_checksum`, which takes anything else
 
 
 def mark_of(path: Path) -> Path:

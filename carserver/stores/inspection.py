@@ -6,6 +6,7 @@ the rows beside the events, only where the file is small, or where damage was me
 
 import contextlib
 import logging
+import os
 import sqlite3
 import struct
 from collections.abc import Iterator
@@ -15,10 +16,11 @@ from typing import NamedTuple
 from carserver.core.ports import Damaged
 from carserver.stores.damage import Unreadable
 from carserver.stores.outputs import output_of
-from carserver.stores.rows import read_entries, read_heads
+from carserver.stores.rows import COPIED, RENEWED, read_entries, read_heads, read_meta
 from carserver.stores.schema import (
     VERSION,
     DamagedFile,
+    StorageError,
     cannot_open,
     check_version,
     open_reader,
@@ -88,6 +90,8 @@ def inspect(path: Path, check_bytes: int, *, thorough: bool) -> None:
         return
     try:
         with without_trace(path):
+            if log_bytes:
+                _look_at_origin(path)
             with contextlib.closing(open_reader(path)) as connection:
                 _look(connection, path, whole=thorough or size_of(path) <= check_bytes, events=thorough)
             if log_bytes:
@@ -171,18 +175,19 @@ class Frames(NamedTuple):
 
 def frames_of(log_path: Path) -> Frames | None:
     """The pages of a write-ahead log; None where its own header is not whole."""
-    with log_path.open("rb") as file:
+    with log_path.open("rb", buffering=0) as file:
         header = file.read(_LOG_HEADER.size)
         if len(header) < _LOG_HEADER.size:
             return Frames(0, [])  # not even begun
-        magic, _, page_bytes, _, *salts, sum0, sum1 = _LOG_HEADER.unpack(header)
+        magic, _, page_bytes, _, salt0, salt1, sum0, sum1 = _LOG_HEADER.unpack(header)
         if _checksum_of(magic, header) != (sum0, sum1):
             return None
         last, commits = 0, []
-        for number in range(1, (size_of(log_path) - _LOG_HEADER.size) // (_FRAME.size + page_bytes) + 1):
-            file.seek(_LOG_HEADER.size + (number - 1) * (_FRAME.size + page_bytes))
-            _, committed, *found, _, _ = _FRAME.unpack(file.read(_FRAME.size))
-            if found == salts:  # others are of an earlier log, which this one overwrites
+        stride = _FRAME.size + page_bytes
+        offsets = range(_LOG_HEADER.size, size_of(log_path) - stride + 1, stride)
+        for number, offset in enumerate(offsets, 1):  # a log may have a million
+            _, committed, found0, found1, _, _ = _FRAME.unpack(os.pread(file.fileno(), _FRAME.size, offset))
+            if (found0, found1) == (salt0, salt1):  # others are of an earlier log, which this one overwrites
                 last = number
                 if committed:
                     commits.append(number)
@@ -216,6 +221,28 @@ def _look_at_log(path: Path) -> None:
         " leaves that, and then it was never acknowledged; if there was neither, is the disk failing?",
         path,
     )
+
+
+def _look_at_origin(path: Path) -> None:
+    """Whether the log beside a copy was begun by it, or by the database that was there before: the two would be mixed.
+
+    Raises:
+        StorageError: by the latter. Nothing was changed.
+    """
+    alone = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)  # without its log
+    copied = renewed = None
+    with contextlib.closing(alone), contextlib.suppress(*Unreadable):  # a kill during a checkpoint leaves anything
+        copied = read_meta(alone, COPIED)
+    if copied is None:
+        return
+    with contextlib.suppress(*Unreadable), contextlib.closing(open_reader(path)) as connection:
+        renewed = read_meta(connection, RENEWED)
+    if renewed != copied and _taken_frames(path):
+        names = " and ".join(beside(path, suffix).name for suffix in ("-wal", "-shm"))
+        raise StorageError(
+            f"{path} is a copy that was put in place, and the log beside it is of the database that was there before:"
+            f" move {names} away, and start again"
+        )
 
 
 def _taken_frames(path: Path) -> int:

@@ -6,7 +6,7 @@ nothing was touched; from then on it has a name that tells what is left to do, a
     carserver.db                            the database
     carserver.db.salvage                    being made of what can be trusted; worth nothing
     carserver.db.carried-20260101T000000Z   made: the database is to be set aside, and this is to take its place
-    carserver.db.damaged-20260101T000000Z   the file that was set aside, with its -wal and -shm; kept for ever
+    carserver.db.damaged-20260101T000000Z   the file that was set aside, with what is beside it; kept for ever
 """
 
 import contextlib
@@ -22,16 +22,16 @@ from carserver.config import Settings
 from carserver.core.ports import Damaged
 from carserver.core.runs import LiveRun
 from carserver.stores.damage import Unreadable, mark_of
-from carserver.stores.inspection import beside, inspect
+from carserver.stores.inspection import LEAST_BYTES, beside, inspect, size_of
 from carserver.stores.rows import read_live, renew_epochs
 from carserver.stores.salvage import Salvage
-from carserver.stores.schema import DamagedFile, StorageError, cannot_open, open_writer
+from carserver.stores.schema import DamagedFile, StorageError, cannot_open, check_version, open_writer
 
 log = logging.getLogger("carserver.storage")
 
 SYNCHRONOUS = {"full": "FULL", "normal": "NORMAL", "memory": "OFF"}
 _SALVAGE, _CARRIED, _ASIDE = ".salvage", ".carried-", ".damaged-"
-_FILES = ("", "-wal", "-shm")
+_FILES = ("", "-wal", "-shm", "-journal")
 _NAMES = 1_000  # of lost runs that are told; the rest are counted
 _NAMES_A_LINE = 50
 _PIECE_BYTES = 1024 * 1024
@@ -50,6 +50,8 @@ def open_database(path: Path, settings: Settings) -> Opened:
     Raises:
         StorageError: it is none of ours, or newer, or there is no room; it is as it was.
     """
+    if path.is_symlink():  # SQLite keeps the log beside what it points to; and there would be no one lock
+        raise StorageError(f"{path} is a symbolic link: put the database itself there, or link the whole folder")
     _finish(path)
     mark = mark_of(path)
     marked = mark.exists()
@@ -68,11 +70,26 @@ def open_database(path: Path, settings: Settings) -> Opened:
 
 
 def _open_sound(path: Path, settings: Settings, *, thorough: bool) -> Opened:
+    _roll_back(path)
     inspect(path, settings.check_bytes, thorough=thorough)
     opened = _open(path, settings)
     if thorough:
         log.warning("damage was met in %s, but all of it was checked now, and is sound: it stays in use", path)
     return opened
+
+
+def _roll_back(path: Path) -> None:
+    """A kill while the file is made, when it has no write-ahead log yet, leaves a journal: readers cannot undo that."""
+    if not size_of(beside(path, "-journal")) or size_of(beside(path, "-wal")) or size_of(path) < LEAST_BYTES:
+        return
+    alone = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
+    try:
+        with contextlib.closing(alone), contextlib.suppress(DamagedFile, *Unreadable):  # half of a change may be in it
+            check_version(alone, path)
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+            connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    except Unreadable as error:
+        raise cannot_open(path, error) from error
 
 
 def _read_through(path: Path) -> None:
@@ -194,7 +211,7 @@ def _exchange(path: Path, carried: Path) -> None:
 
 
 def _remove(new: Path) -> None:
-    for suffix in (*_FILES, "-journal"):
+    for suffix in _FILES:
         beside(new, suffix).unlink(missing_ok=True)
 
 

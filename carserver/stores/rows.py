@@ -27,6 +27,8 @@ TEXTS = ("prompt", "outcome_description", "metadata", "result_text", "error", "c
 _HEADS = f"SELECT {RUN_COLUMNS}, runs.checksum, {', '.join(TEXTS)}, texts.checksum FROM runs LEFT JOIN texts USING (no)"  # noqa: S608 - constants
 _LIVE_CODES = ", ".join(str(STATUSES.index(status)) for status in sorted(LIVE))
 _BATCHES = "SELECT no, batch_id, digest, first_sequence, count, status, checksum FROM batches"
+COPIED, RENEWED = "copied", "renewed"
+"""Names in `meta`: of a copy that nobody used yet, and while its log is the one that it began itself: one value."""
 _checksummed = struct.Struct("<qqB").pack
 
 
@@ -195,7 +197,7 @@ def read_heads(connection: sqlite3.Connection) -> Iterator[Head]:
 
 def mark_copied(connection: sqlite3.Connection) -> None:
     """Says of a file that is made of another one that its logs will go on by themselves: see `renew_epochs`."""
-    connection.execute("REPLACE INTO meta VALUES ('copied', '')")
+    connection.execute("REPLACE INTO meta VALUES (?, ?)", (COPIED, str(uuid4())))
 
 
 def renew_epochs(connection: sqlite3.Connection) -> None:
@@ -204,7 +206,8 @@ def renew_epochs(connection: sqlite3.Connection) -> None:
     Its runs may be behind what viewers saw of them before: a cursor of theirs must not be taken for a place in what is
     recorded from now on. A damaged row stays as it is, to be found.
     """
-    if connection.execute("SELECT 1 FROM meta WHERE name = 'copied'").fetchone() is None:
+    copied = read_meta(connection, COPIED)
+    if copied is None:
         return
     connection.create_function("row_checksum", -1, row_checksum, deterministic=True)
     renewed = RUN_COLUMNS.replace(" epoch,", " :fresh || '-' || no,")
@@ -214,13 +217,21 @@ def renew_epochs(connection: sqlite3.Connection) -> None:
         f" WHERE checksum = row_checksum({RUN_COLUMNS})",
         {"fresh": str(uuid4())},
     )
-    connection.execute("DELETE FROM meta WHERE name = 'copied'")
+    connection.execute("DELETE FROM meta WHERE name = ?", (COPIED,))
+    connection.execute("REPLACE INTO meta VALUES (?, ?)", (RENEWED, copied))
     connection.execute("COMMIT")
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    connection.execute("DELETE FROM meta WHERE name = ?", (RENEWED,))  # the same backup may be put in place again
 
 
 def read_boot_id(connection: sqlite3.Connection) -> str | None:
     """Of the daemon that had the file last; None if it is new."""
-    row = connection.execute("SELECT value FROM meta WHERE name = 'boot_id'").fetchone()
+    return read_meta(connection, "boot_id")
+
+
+def read_meta(connection: sqlite3.Connection, name: str) -> str | None:
+    """What the file says of itself under this name."""
+    row = connection.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
     return None if row is None else row[0]
 
 

@@ -52,8 +52,22 @@ _RUN_NUMBERS = (
 _OUTPUT_NUMBERS = ("SELECT seq FROM sqlite_sequence WHERE name = 'outputs'",)
 
 
+_DISK = {sqlite3.SQLITE_IOERR, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_BUSY}  # primary codes
+
+
 class _NotWhole(Exception):
     """This much of the source cannot be read, or is not what was stored."""
+
+
+def _not_the_disk(error: Exception) -> None:
+    """A read failed: what the disk did not give this time is not lost, and must not be left behind for that.
+
+    Raises:
+        OSError: it is the disk.
+    """
+    code = getattr(error, "sqlite_errorcode", 0)
+    if code & 0xFF in _DISK and code != sqlite3.SQLITE_IOERR_SHORT_READ:
+        raise OSError(f"it cannot be read now: {error}; see that its disk works") from error
 
 
 def _open_damaged(path: Path) -> sqlite3.Connection:
@@ -88,7 +102,7 @@ class Salvage:
         """Makes `target` of what can be trusted; it is complete, and not yet synced, after that.
 
         Raises:
-            sqlite3.Error, OSError: the target cannot be written.
+            sqlite3.Error, OSError: the target cannot be written, or the disk does not give what the source has.
         """
         with without_trace(self._path), contextlib.closing(open_new(target)) as self._target:
             if size_of(self._path) < LEAST_BYTES:
@@ -184,6 +198,7 @@ class Salvage:
                     count += 1
                     size += len(raw)
             except (*Unreadable, Damaged) as error:
+                _not_the_disk(error)
                 raise _NotWhole from error
 
         if head.cursor:
@@ -200,6 +215,7 @@ class Salvage:
                     raise _NotWhole
                 found.append((*values, computed))
         except (*Unreadable, TypeError) as error:
+            _not_the_disk(error)
             raise _NotWhole from error
         return found
 
@@ -210,7 +226,8 @@ class Salvage:
                 return False
             every = self._source.execute("SELECT * FROM batches")
             return not self._checked or all(row_checksum(*row[:-1]) == row[-1] for row in every)
-        except (*Unreadable, _NotWhole):
+        except (*Unreadable, _NotWhole) as error:
+            _not_the_disk(error)
             return False
 
     def _name(self, no: int) -> str:
@@ -276,7 +293,8 @@ class Salvage:
                 for (no,) in self._source.execute(query, (low, high)):
                     low = no + 1
                     yield no
-            except Unreadable:
+            except Unreadable as error:
+                _not_the_disk(error)
                 failures += 1
                 if high - low > 1:
                     middle = (low + high) // 2
@@ -291,13 +309,16 @@ class Salvage:
 
     def _all(self, query: str) -> Iterator[tuple[Any, ...]]:
         """Rows, up to where they cannot be read."""
-        with contextlib.suppress(*Unreadable):
+        try:
             yield from self._source.execute(query)
+        except Unreadable as error:
+            _not_the_disk(error)
 
     def _one(self, query: str, values: Sequence[Any]) -> tuple[Any, ...]:
         try:
             row: tuple[Any, ...] | None = self._source.execute(query, values).fetchone()
         except Unreadable as error:
+            _not_the_disk(error)
             raise _NotWhole from error
         if row is None:
             raise _NotWhole

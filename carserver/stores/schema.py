@@ -24,6 +24,7 @@ SEQUENCE_BITS = 24
 _APPLICATION_ID = 0x63617273  # "cars": what `file` and we know our database by
 _OURS = {"meta", "runs", "texts", "events", "batches"}  # since version 1
 _BUSY_S = 5.0
+_LOG_BYTES = 64 * 1024 * 1024  # to which a write-ahead log shrinks that a backup, or a reader, let grow
 _NO_FILES_ELSEWHERE = "PRAGMA temp_store = MEMORY"  # else in /var/tmp, which may be full or read-only: a commit fails
 
 _MIGRATIONS = (
@@ -196,6 +197,7 @@ def open_writer(path: Path, *, synchronous: str) -> sqlite3.Connection:
         connection.execute(f"PRAGMA synchronous = {synchronous}")
         # By hand: a checkpoint that fails within a commit is not told, and a commit would wait for it.
         connection.execute("PRAGMA wal_autocheckpoint = 0")
+        connection.execute(f"PRAGMA journal_size_limit = {_LOG_BYTES:d}")
         connection.execute(_NO_FILES_ELSEWHERE)
         _migrate(connection, version)
         path.chmod(0o600)

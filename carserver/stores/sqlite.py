@@ -80,7 +80,7 @@ class SqliteStore:
         self._backups = Backups(path, settings, self.damage.found)
         self.slow_check: SlowCheck | None = None
         if _size(path) > settings.check_bytes:
-            self.slow_check = SlowCheck(path, settings.check_after_s, self.damage.found)
+            self.slow_check = SlowCheck(path, settings, self.damage.found)
             self.slow_check.start()
 
     def on_commit(self, publish: Callable[[Sequence[Committed | Done]], None]) -> None:
