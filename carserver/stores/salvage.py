@@ -37,6 +37,8 @@ from carserver.stores.schema import SEQUENCE_BITS, open_new, row_checksum
 
 log = logging.getLogger("carserver.storage")
 
+# What a row may do to whoever reads it; where the schema itself is damaged, it has not even its columns.
+_MALFORMED = (Damaged, msgspec.MsgspecError, LookupError, TypeError, ValueError)
 _FAILURES = 100_000  # reads that may fail before the rest of a table is given up
 _COMMIT_ROWS = 50_000
 _PROGRESS_S = 5.0
@@ -115,12 +117,19 @@ class Salvage:
                 return
             with contextlib.closing(self._source):
                 self._target.execute("BEGIN")
-                self._checked = any(self._all("SELECT 1 FROM pragma_table_info('runs') WHERE name = 'checksum'"))
-                self._carry_meta(self._carry_runs())
-                self.forgotten = bool(self.runs) and not self._has_all_batches()
-                self._carry_outputs()
+                try:
+                    self._carry()
+                except _MALFORMED:  # damage of a kind that nobody has thought of: the daemon starts all the same
+                    log.exception("not all of %s could be looked at", self._path)
+                    self.lost.append("all that come after these")
                 mark_copied(self._target)
                 self._target.execute("COMMIT")
+
+    def _carry(self) -> None:
+        self._checked = any(self._all("SELECT 1 FROM pragma_table_info('runs') WHERE name = 'checksum'"))
+        self._carry_meta(self._carry_runs())
+        self.forgotten = bool(self.runs) and not self._has_all_batches()
+        self._carry_outputs()
 
     # Runs.
 
@@ -136,7 +145,8 @@ class Salvage:
                 pass
             self._progress(len(found))
         # The index of ids knows of runs whose rows cannot be read, and what they were called.
-        ids = dict(self._all("SELECT no, id FROM runs INDEXED BY sqlite_autoindex_runs_1"))
+        every = self._all("SELECT no, id FROM runs INDEXED BY sqlite_autoindex_runs_1")
+        ids = {no: run_id for no, run_id in every if isinstance(no, int)}
         for no in sorted({*found, *ids} - carried):
             self.lost.append(repr(ids[no]) if no in ids else self._name(no))
         if not (self.runs or self.lost):  # there were none, or nobody can tell
@@ -156,7 +166,7 @@ class Salvage:
             self._insert("runs", [run_row(head)])
             self._insert("texts", [texts_row(head)])
             self._insert("batches", self._batches(head))
-        except (_NotWhole, sqlite3.IntegrityError) as error:  # two rows with one id: neither is to be trusted
+        except (_NotWhole, sqlite3.IntegrityError, *_MALFORMED) as error:  # two rows with one id: neither is trusted
             self._target.execute("ROLLBACK TO run")
             raise _NotWhole from error
         finally:
@@ -181,7 +191,7 @@ class Salvage:
             if not self._checked:  # that its values have their types is all that can be told
                 msgspec.json.decode(head.run.metadata or b"null")
                 msgspec.json.decode(msgspec.json.encode(head.run), type=Snapshot)
-        except (Damaged, msgspec.MsgspecError, LookupError, TypeError, ValueError) as error:
+        except _MALFORMED as error:
             raise _NotWhole from error
         return head
 
@@ -271,7 +281,7 @@ class Salvage:
         row = self._one("SELECT * FROM outputs WHERE no = ?", (no,))
         try:
             run_id = output_of(row).record.run_id
-        except Damaged as error:
+        except _MALFORMED as error:
             raise _NotWhole from error
         if (
             isinstance(run_id, str)
@@ -291,8 +301,9 @@ class Salvage:
             low, high = spans.pop()
             try:
                 for (no,) in self._source.execute(query, (low, high)):
-                    low = no + 1
-                    yield no
+                    if isinstance(no, int):  # by a damaged schema it may be anything
+                        low = no + 1
+                        yield no
             except Unreadable as error:
                 _not_the_disk(error)
                 failures += 1

@@ -6,6 +6,7 @@ More flips by `scripts/flip_rounds`.
 import asyncio
 import contextlib
 import random
+import re
 import sqlite3
 import time
 from collections import Counter
@@ -114,6 +115,21 @@ async def test_daemons_on_files_with_a_flipped_bit_start_and_what_they_serve_is_
                     told = "restart the daemon" in daemon.log
                     assert (await asyncio.to_thread(daemon.metrics))["storage_damage"] >= told
                 await host.create("goes on")
+
+
+async def test_where_the_schema_itself_is_damaged_the_daemon_starts_and_serves_nothing_wrong(
+    tmp_path: Path, chance: random.Random
+) -> None:
+    closed, truth = await database(tmp_path / "closed", chance)
+    content = closed.read_bytes()
+    schema = [at for at in range(0, len(content), PAGE) if b"CREATE TABLE" in content[at : at + PAGE]]
+    places = [found.start() for found in re.finditer(rb"INTEGER PRIMARY|BLOB|, size", content)]  # keys, columns
+    anything = [chance.randrange(8 * at, 8 * (at + PAGE)) for at in schema for _ in range(10)]
+    for bit in [8 * (at + offset) for at in places for offset in (0, 4)] + anything:
+        path = copied(closed, tmp_path / "round")
+        flip(path, bit)
+        found = await ask(path, truth)
+        assert found.good, (bit, found)
 
 
 # Truncated files.
