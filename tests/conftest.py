@@ -45,3 +45,18 @@ def start(tmp_path: Path) -> Iterator[StartDaemon]:
 def daemon(start: StartDaemon) -> Daemon:
     """A daemon with default settings."""
     return start()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """A daemon with a file root, beside its state folder."""
+    folder = tmp_path_factory.mktemp("outputs")
+    (folder / "root").mkdir()
+    with running(folder / "state", "--file-root", str(folder / "root")) as daemon:
+        yield daemon
+
+
+@pytest.fixture(scope="module")
+def root(served: Daemon) -> Path:
+    """The file root."""
+    return served.state.with_name("root")

@@ -23,6 +23,7 @@ from carserver.core.ports import Damaged
 from carserver.protocol.errors import invalid_params, overloaded, unavailable
 from carserver.protocol.server import BackedUp
 from carserver.stores.damage import Unreadable, in_words, is_damage, mark_of
+from carserver.stores.deadlines import resolve
 from carserver.stores.inspection import beside, size_of
 from carserver.stores.recovery import sync
 from carserver.stores.rows import mark_copied
@@ -84,7 +85,7 @@ class Backups:
             except Exception as error:  # noqa: BLE001 - whatever it was, whoever waits is told
                 made = error
             with contextlib.suppress(RuntimeError):  # the loop has ended
-                self._loop.call_soon_threadsafe(_resolve, future, made)
+                self._loop.call_soon_threadsafe(resolve, future, made)
 
         self._thread = threading.Thread(target=work, name="backup", daemon=True)
         try:
@@ -224,12 +225,3 @@ def _remove_left(target: Path) -> None:
                 left.unlink()
             finally:
                 os.close(fd)
-
-
-def _resolve(future: "asyncio.Future[BackedUp]", made: BackedUp | Exception) -> None:
-    if future.done():
-        return
-    if isinstance(made, Exception):
-        future.set_exception(made)
-    else:
-        future.set_result(made)

@@ -3,32 +3,17 @@
 import asyncio
 import base64
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import StartDaemon
-from tests.daemon import Daemon, NotStarted, running
+from tests.daemon import Daemon, NotStarted
 from tests.outputs import append, file_ref, final, params, read, read_whole, refused
 from tests.peer import peer
 
 MIB = 1024 * 1024
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """A daemon with a file root, beside its state folder."""
-    folder = tmp_path_factory.mktemp("outputs")
-    (folder / "root").mkdir()
-    with running(folder / "state", "--file-root", str(folder / "root")) as daemon:
-        yield daemon
-
-
-@pytest.fixture(scope="module")
-def root(served: Daemon) -> Path:
-    """The file root."""
-    return served.state.with_name("root")
 
 
 async def test_a_binary_file_comes_as_base64_and_a_text_as_text(served: Daemon, root: Path) -> None:

@@ -5,7 +5,6 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +12,11 @@ import pytest
 
 from carserver.core.principals import agent_token
 from tests.conftest import StartDaemon
-from tests.daemon import Daemon, running
+from tests.daemon import Daemon
 from tests.outputs import append, file_ref, final, inline, params, read, read_whole, refused
 from tests.peer import peer
 
 MIB = 1024 * 1024
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """A daemon with a file root, beside its state folder."""
-    folder = tmp_path_factory.mktemp("outputs")
-    (folder / "root").mkdir()
-    with running(folder / "state", "--file-root", str(folder / "root")) as daemon:
-        yield daemon
-
-
-@pytest.fixture(scope="module")
-def root(served: Daemon) -> Path:
-    """The file root."""
-    return served.state.with_name("root")
 
 
 def agent(daemon: Daemon, agent_id: str) -> str:
