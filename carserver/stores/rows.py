@@ -74,13 +74,14 @@ def run_row(head: Head) -> tuple[Any, ...]:
     return (*values, row_checksum(*values))
 
 
+def texts_of(run: Snapshot) -> tuple[Any, ...]:
+    """The values of `TEXTS`; they may be long, so they are compared, and their checksum is taken only to be stored."""
+    return tuple(_text(run, name) for name in TEXTS)
+
+
 def texts_row(head: Head) -> tuple[Any, ...]:
     """A head as a row of `texts`, with its checksum."""
-    run = head.run
-    values = (
-        head.no,
-        *(_text(run, name) for name in TEXTS),
-    )
+    values = (head.no, *texts_of(head.run))
     return (*values, row_checksum(*values))
 
 

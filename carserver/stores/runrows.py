@@ -14,7 +14,7 @@ from carserver.core.cache import SizedCache
 from carserver.core.commands import Applied, Command
 from carserver.core.edits import End
 from carserver.core.runs import CODES, Entry, Head
-from carserver.stores.rows import checksum, place, read_batch, read_entries, read_head, run_row, texts_row
+from carserver.stores.rows import checksum, place, read_batch, read_entries, read_head, run_row, texts_of, texts_row
 from carserver.stores.schema import row_checksum
 
 _LAST_NO = (
@@ -125,7 +125,7 @@ class RunRows:
             " revision = ?, endings = ?, log_bytes = ?, checksum = ? WHERE no = ?",
             (*row[-9:], head.no),
         )
-        if texts_row(stored) != texts_row(head):
+        if texts_of(stored.run) != texts_of(head.run):
             self._write_texts(head)
 
     def _write_texts(self, head: Head) -> None:

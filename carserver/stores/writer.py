@@ -4,13 +4,12 @@ One event's walk: begin immediate; per command a savepoint and its pure `apply`;
 then the loop is told. A refused command spoils no neighbour. What fails in storage is rolled back and said.
 """
 
-import contextlib
 import logging
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from carserver.config import Settings
 from carserver.core.attendance import Attendant
@@ -26,6 +25,8 @@ from carserver.stores.sweep import Sweep
 
 if TYPE_CHECKING:
     from asyncio import Future
+
+T = TypeVar("T")
 
 log = logging.getLogger("carserver.storage")
 
@@ -230,8 +231,7 @@ class Writer:
         if applied.head is before:
             return Outcome(job, applied, before)
         try:
-            with self._savepoint():
-                applied = self._runs.write(applied, before)
+            applied = self._in_savepoint(self._runs.write, applied, before)
         except (sqlite3.IntegrityError, sqlite3.DataError) as error:
             return Outcome(job, _refused_by_storage(error), before)
         self._runs.changed(applied.head, before)
@@ -242,8 +242,7 @@ class Writer:
             self._runs.flush()
         before = self._changed_rows()
         try:
-            with self._savepoint():
-                edited = edit.edit(self._rows)
+            edited = self._in_savepoint(edit.edit, self._rows)
         except (sqlite3.IntegrityError, sqlite3.DataError) as error:
             self._runs.forget_moved()
             return _refused_by_storage(error)
@@ -260,18 +259,18 @@ class Writer:
         """How many rows were written or removed until now, but for events: these are in the sizes of their commands."""
         return self._connection.total_changes - self._runs.appended
 
-    @contextlib.contextmanager
-    def _savepoint(self) -> Iterator[None]:
-        """What is done in it is undone where it raises; its neighbours are not touched."""
+    def _in_savepoint(self, work: Callable[..., T], *args: Any) -> T:
+        """What it does is undone where it raises; its neighbours are not touched."""
         self._connection.execute("SAVEPOINT command")
         try:
-            yield
+            result = work(*args)
         except BaseException:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK TO command")
                 self._connection.execute("RELEASE command")
             raise
         self._connection.execute("RELEASE command")
+        return result
 
     def _roll_back(self, error: Exception, jobs: list[Job]) -> None:
         """Nothing of the transaction is left; every caller is told what that means."""
