@@ -10,6 +10,7 @@ import pytest
 from tests.conftest import StartDaemon
 from tests.daemon import Daemon
 from tests.peer import Peer, Refused, peer
+from tests.rawpeer import raw_peer
 from tests.trace import (
     ask,
     nothing_waits,
@@ -24,6 +25,7 @@ from tests.trace import (
 )
 
 GRACE_S = 0.3
+SMALL = 4_096  # bytes of the kernel's buffers, about
 END = {"type": "agent_end", "text": "done"}
 
 
@@ -362,23 +364,28 @@ async def test_who_goes_on_at_the_head_of_a_run_that_is_over_is_told_so_again(da
 
 
 async def test_after_the_answer_to_an_unsubscribe_nothing_comes_though_the_stream_was_in_its_middle(
-    daemon: Daemon,
+    start: StartDaemon,
 ) -> None:
-    async with peer(daemon) as agent, peer(daemon) as viewer:
+    """The peer reads no more than it is asked to, and nothing vanishes in buffers: it is in the middle for certain."""
+    daemon = start(send_buffer_bytes=SMALL)
+    async with peer(daemon) as agent, raw_peer(daemon, receive_buffer=SMALL) as viewer:
         run_id = await recorded(agent)
         for at in range(0, 5_000, 1_000):
             await agent.record(run_id, *[text(n, 1_000) for n in range(at, at + 1_000)])
-        await subscribe(viewer, run_id)
-        await take(viewer, 10)
-        await ask(viewer, "stop", "runs.trace.unsubscribe", {"run_id": run_id})
-        before, answer = await until_answer(viewer, "stop")
-        assert answer["result"] == {"run_id": run_id, "removed": True}
-        assert [params["cursor"] for params in before] == list(range(10, 10 + len(before)))
-        assert len(before) < 4_990, "it was in the middle"
+        viewer.send_call("start", "runs.trace.subscribe", {"run_id": run_id})
+        assert (await viewer.message())["id"] == "start"
+        assert (await viewer.message())["params"]["record"]["record"] == "started"
+        cursors = [(await viewer.message())["params"]["cursor"] for _ in range(10)]
+        viewer.send_call("stop", "runs.trace.unsubscribe", {"run_id": run_id})
+        while "params" in (message := await viewer.message()):
+            cursors.append(message["params"]["cursor"])
+        assert message["result"] == {"run_id": run_id, "removed": True}
+        assert cursors == list(range(1, 1 + len(cursors)))
+        assert len(cursors) < 5_000, "it was in the middle"
         await agent.record(run_id, text(5_000), END)
-        await nothing_waits(viewer)
-        again = await viewer.call("runs.trace.unsubscribe", {"run_id": run_id})
-        assert again == {"run_id": run_id, "removed": False}
+        viewer.send_call("again", "runs.trace.unsubscribe", {"run_id": run_id})
+        message = await viewer.message()
+        assert (message["id"], message["result"]["removed"]) == ("again", False), "nothing came between"
         assert (await asyncio.to_thread(daemon.metrics))["subscriptions"] == 0
 
 
