@@ -7,8 +7,8 @@ when its turn has come, so memory is bounded.
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import Raw, Struct
@@ -27,7 +27,8 @@ PAGE_BRACKETS = 60_000  # the daemon takes twice as many in a message
 _LIST = 1_000  # the daemon's own bound
 _AHEAD = 16  # runs that are fetched at a time
 _GATHERED_BYTES = 4 * 1024 * 1024  # of one of them that are not written yet
-_AT_ONCE = 16  # outputs that are asked for at a time; each may be 1 MiB
+_AT_ONCE = 16  # outputs that are asked for at a time
+_AT_ONCE_BYTES = 16 * 1024 * 1024  # and the bytes of what the list leaves out of them, or one larger
 
 encode = msgspec.json.encode
 
@@ -61,6 +62,7 @@ class _Notice(Struct):
 class _Content(Struct):
     kind: str
     omitted: bool = False
+    size: int = 0
 
 
 class _Event(Struct):
@@ -72,6 +74,13 @@ class _Output(Struct):
     id: str
     event: _Event
     run_id: str | None = None
+
+
+class _Listed(NamedTuple):
+    """An output as it is listed, and as it came."""
+
+    output: _Output
+    raw: Raw
 
 
 class _OutputPage(Struct):
@@ -355,9 +364,8 @@ class Exporter:
         params: dict[str, Any] = {}
         while True:
             page = await self._connection.call("outputs.list", params, ANSWER_S, result_type=_OutputPage)
-            for first in range(0, len(page.outputs), _AT_ONCE):
-                few = [self._output(raw) for raw in page.outputs[first : first + _AT_ONCE]]
-                for line in await asyncio.gather(*few):
+            for few in _few_at_a_time(page.outputs):
+                for line in await asyncio.gather(*map(self._output, few)):
                     if line is not None:
                         self._sink.put(line)
                         self.outputs += 1
@@ -367,12 +375,12 @@ class Exporter:
                 return
             params["page"] = page.next_page
 
-    async def _output(self, raw: Raw) -> bytes | None:
+    async def _output(self, listed: _Listed) -> bytes | None:
         """The line of an output; None for that of a run that is not exported: it was made since, or left out."""
-        output = _output_decoder.decode(raw)
+        output, raw = listed
         if output.run_id is not None and output.run_id not in self._exported:
             return None
-        content = output.event.chunk or output.event.content
+        content = _content_of(output)
         size = sha256 = b"null"
         try:
             if content is not None and content.omitted:
@@ -389,3 +397,24 @@ class Exporter:
             progress()
             note(f"output {visible(output.id)} goes without its file's size and digest: {visible(error.message)}")
         return b'{"output":%b,"size":%b,"sha256":%b}' % (raw, size, sha256)
+
+
+def _content_of(output: _Output) -> _Content | None:
+    return output.event.chunk or output.event.content
+
+
+def _few_at_a_time(outputs: Sequence[Raw]) -> Iterator[list[_Listed]]:
+    """Outputs in their order, as many at a time as may be fetched at once."""
+    few: list[_Listed] = []
+    size = 0
+    for raw in outputs:
+        output = _output_decoder.decode(raw)
+        content = _content_of(output)
+        large = content.size if content is not None and content.omitted else 0
+        if few and (len(few) == _AT_ONCE or size + large > _AT_ONCE_BYTES):
+            yield few
+            few, size = [], 0
+        few.append(_Listed(output, raw))
+        size += large
+    if few:
+        yield few

@@ -109,12 +109,23 @@ class Attendance:
             self._begin_grace(run_id, run)
         run.revision = head.revision
         if by is not None:
-            run.attendants.add(by)
-            run.reason = OWNER_GONE
-            run.stamp = 0
-            self._attended.setdefault(by, set()).add(run_id)
-        elif not run.attendants:
+            self.attend(run_id, by)
+        if not run.attendants:
             self._begin_grace(run_id, run)
+
+    def is_live(self, run_id: str) -> bool:
+        """Whether there is such a run, and it is not over."""
+        return run_id in self._runs
+
+    def attend(self, run_id: str, by: Attendant) -> None:
+        """A connection of the run's owner attends it from now on, if it is live."""
+        run = self._runs.get(run_id)
+        if run is None or by.closed:
+            return
+        run.attendants.add(by)
+        run.reason = OWNER_GONE
+        run.stamp = 0
+        self._attended.setdefault(by, set()).add(run_id)
 
     def leave(self, attendant: Attendant) -> None:
         """A connection ended: it attends nothing any more."""

@@ -207,3 +207,37 @@ class Interrupt(_Change, frozen=True, kw_only=True):
 def _answered_by_snapshot(before: Head, after: Head) -> Applied:
     run: Snapshot = after.run
     return Applied(after, run, ended=after.endings > before.endings)
+
+
+class RecordAside(_Change, frozen=True, kw_only=True):
+    """The daemon's own events about a handle: they neither attend nor reopen, move no status, and no limit holds them.
+
+    Answers with nothing.
+    """
+
+    events: list[Event]
+
+    @property
+    def size(self) -> int:
+        return 1024 + sum(len(event.raw) + 128 for event in self.events)
+
+    def apply(self, head: Head | None, prior: Batch | None) -> Applied:
+        return self._recorded(visible(head, self.principal, "run", self.run_id))
+
+    def _recorded(self, head: Head) -> Applied:
+        after, entries = runs.aside(head, self.events, self.now_ms)
+        return Applied(after, None, entries)
+
+
+class BeginHandle(RecordAside, frozen=True, kw_only=True):
+    """A `tool_start` in a live run of one's own, which the invoking connection attends from then on."""
+
+    attends: ClassVar[bool] = True
+
+    def apply(self, head: Head | None, prior: Batch | None) -> Applied:
+        head = self._own(head)
+        if not head.live:
+            raise conflict("run_terminal", f"run {self.run_id!r} is {head.run.status}: no tool starts in it")
+        if head.cursor >= runs.ASIDE_ENTRIES:
+            raise limit_exceeded("run_entries", head.cursor + 1, runs.ASIDE_ENTRIES, "run_id")
+        return self._recorded(head)

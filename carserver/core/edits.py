@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from msgspec import Struct
 
+from carserver.core.commands import Applied, Command
 from carserver.core.outputs import Output
 from carserver.core.principals import Principal
 from carserver.core.runs import Entry, Head
@@ -45,12 +46,40 @@ class Staged(NamedTuple):
     log_bytes: int
 
 
+class OpenHandle(NamedTuple):
+    """The row of a handle whose `tool_start` is in its run's log, and its `tool_end` not yet."""
+
+    handle: str
+    run_id: str
+    tool: str
+
+
+class UsedKey(NamedTuple):
+    """An idempotency key that a handle was made with: whose, of which method, with what params (digest), and when."""
+
+    owner: str
+    method: str
+    key: str
+    digest: bytes
+    at_ms: int
+    handle: str
+
+
+class Change(NamedTuple):
+    """A command that an edit made on a run: what it came to, and the run's head before."""
+
+    command: Command
+    applied: Applied
+    before: Head
+
+
 class Edited(NamedTuple):
     """What an edit came to: the caller's answer, and what the loop must know of runs."""
 
     answer: Any
     appeared: Sequence[Head] = ()
     deleted: Sequence[Head] = ()
+    applied: Sequence[Change] = ()
 
 
 class StoredRuns(Protocol):
@@ -58,6 +87,13 @@ class StoredRuns(Protocol):
 
     def head(self, run_id: str) -> Head | None:
         """The head of a run as it is by now; None if there is none."""
+        ...
+
+    def apply(self, command: Command) -> Change:
+        """Makes a command on a run that there is, as part of this edit: it is undone where the edit is.
+
+        At most one of a run in an edit, which tells of it in `Edited.applied`. Raises the command's refusal.
+        """
         ...
 
     def add(self, head: Head) -> Head:
@@ -112,8 +148,8 @@ class StoredOutputs(Protocol):
         """The output of this id; None if there is none."""
         ...
 
-    def exists(self, output_id: str) -> bool:
-        """Whether there is one."""
+    def exists(self, output_id: str, to: Principal) -> bool:
+        """Whether there is one that `to` sees."""
         ...
 
     def keyed(self, owner: str, key: str) -> Output | None:
@@ -133,6 +169,30 @@ class StoredOutputs(Protocol):
         ...
 
 
+class StoredHandles(Protocol):
+    """What there is of handles in a transaction: those that are open in a run's log, and the keys of all."""
+
+    def open(self, row: OpenHandle) -> None:
+        """Its `tool_start` is recorded."""
+        ...
+
+    def close(self, handle: str) -> bool:
+        """Its `tool_end` is about to be; False where it was not open."""
+        ...
+
+    def used_key(self, owner: str, method: str, key: str) -> UsedKey | None:
+        """The handle that was made with it; None if none was."""
+        ...
+
+    def use_key(self, used: UsedKey) -> None:
+        """It is used now; it was not before."""
+        ...
+
+    def forget_keys(self, before_ms: int) -> None:
+        """Keys that were used before that time are free again; a bounded number of them at a time."""
+        ...
+
+
 class Stored(Protocol):
     """What is stored, within the writer's transaction."""
 
@@ -147,6 +207,11 @@ class Stored(Protocol):
         ...
 
     @property
+    def handles(self) -> StoredHandles:
+        """Handles."""
+        ...
+
+    @property
     def imports(self) -> StoredImports:
         """Unfinished imports."""
         ...
@@ -156,11 +221,15 @@ class Edit(Struct, frozen=True, kw_only=True):
     """One such change.
 
     `principal` is who wants it. `changes_runs`: it adds or removes runs, so what the writer holds back of their heads
-    is written before it.
+    is written before it. `attends`: the run that whoever submitted it attends from then on.
     """
 
     principal: Principal
     changes_runs: ClassVar[bool] = False
+
+    @property
+    def attends(self) -> str | None:
+        return None
 
     @property
     def size(self) -> int:

@@ -1,9 +1,13 @@
-"""The outputs, as methods use them: append-only records that everyone who is authenticated shares."""
+"""The outputs, as methods use them: append-only records that everyone who is authenticated shares.
+
+But for the results of handles: those are private, and to whoever does not see one, it does not exist.
+"""
 
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
-from msgspec import Raw
+import msgspec
+from msgspec import UNSET, Raw
 from msgspec.structs import replace
 
 from carserver.config import Settings
@@ -11,6 +15,7 @@ from carserver.core.counters import Counters
 from carserver.core.edits import Edit, Edited, Stored
 from carserver.core.outputs import (
     MORE,
+    TOOL,
     Body,
     Fingerprint,
     Listed,
@@ -19,11 +24,21 @@ from carserver.core.outputs import (
     bytes_of,
     check_slice,
     content_of,
+    inline,
     slice_of,
 )
-from carserver.core.principals import Principal, owned
+from carserver.core.principals import HOST, Principal, owned
 from carserver.protocol.errors import RpcError, conflict, invalid_params, not_found, unavailable
-from carserver.protocol.outputs import Appended, FileRef, Inline, LatestOutput, ListOutputs, OutputRecord, OutputSlice
+from carserver.protocol.outputs import (
+    Appended,
+    FileRef,
+    Final,
+    Inline,
+    LatestOutput,
+    ListOutputs,
+    OutputRecord,
+    OutputSlice,
+)
 
 _DRAWS = 16  # ids drawn for one output: with a thousand million stored, one in a thousand is taken
 
@@ -59,24 +74,24 @@ class Files(Protocol):
 class OutputLog(Protocol):
     """Keeps outputs. What it acknowledges is durable."""
 
-    async def edit(self, edit: Edit) -> Any:
+    async def edit(self, edit: Edit, *, patient: bool = False) -> Any:
         """See `core.ports.RunLog`."""
         ...
 
-    async def output(self, output_id: str) -> Output | None:
-        """The output of this id; None if there is none."""
+    async def output(self, output_id: str, to: Principal) -> Output | None:
+        """The output of this id; None if there is none that `to` sees."""
         ...
 
     async def keyed_output(self, owner: str, key: str) -> Output | None:
         """What `owner` appended with this idempotency key; None if nothing."""
         ...
 
-    async def latest_output(self, filters: LatestOutput) -> Output | None:
-        """The newest output that fits; None if none does."""
+    async def latest_output(self, filters: LatestOutput, to: Principal) -> Output | None:
+        """The newest output that fits and that `to` sees; None if none does."""
         ...
 
-    async def outputs(self, filters: ListOutputs, after: int, limit: int) -> Listed:
-        """A page of outputs, in order, from behind the number `after`: at most `limit`."""
+    async def outputs(self, filters: ListOutputs, to: Principal, after: int, limit: int) -> Listed:
+        """A page of the outputs that `to` sees, in order, from behind the number `after`: at most `limit`."""
         ...
 
 
@@ -102,14 +117,54 @@ class Append(Edit, frozen=True, kw_only=True):
         if isinstance(record.run_id, str):
             owned(stored.runs.head(record.run_id), self.principal, "run", record.run_id)
         for parent in record.parent_refs:
-            if not stored.outputs.exists(parent):
+            if not stored.outputs.exists(parent, self.principal):
                 raise not_found("output", parent)
-        for _ in range(_DRAWS):
-            drawn = self.new_id()
-            if not stored.outputs.exists(drawn):
-                stored.outputs.add(replace(output, record=replace(record, id=drawn)))
-                return Edited((Appended(id=drawn), 1))
-        raise unavailable("no id could be found for the output that is not taken")
+        added = _add(stored, output, self.new_id)
+        return Edited((Appended(id=added.record.id), 1))
+
+
+class KeepResult(Edit, frozen=True, kw_only=True):
+    """The result of a handle as a private output of `principal`, whose handle it is. Answers with the output.
+
+    Its run may have been deleted meanwhile: then it belongs to none, and goes as such outputs go, by age.
+    """
+
+    handle: str
+    tool: str
+    value: Raw
+    run_id: str | None
+    now_ms: int
+    new_id: Callable[[], str]
+
+    @property
+    def size(self) -> int:
+        return 2048 + len(bytes(self.value))
+
+    def edit(self, stored: Stored) -> Edited:
+        # It is large: what there is to do with it is done here, in the writer's thread, and not on the loop.
+        content, body = inline(Raw(msgspec.json.format(bytes(self.value), indent=-1)))
+        run = None if self.run_id is None else stored.runs.head(self.run_id)
+        record = OutputRecord(
+            id="",
+            task_id=self.handle,
+            attempt=0,
+            producer_agent=TOOL + self.tool,
+            event=Final(content=content, ok=True),
+            parent_refs=[],
+            created_at_ms=self.now_ms,
+            run_id=run.run.id if run is not None and run.owner == self.principal.name else UNSET,
+            private=True,
+        )
+        return Edited(_add(stored, Output(owner=self.principal.name, record=record, body=body), self.new_id))
+
+
+def _add(stored: Stored, output: Output, new_id: Callable[[], str]) -> Output:
+    """Stores an output under an id that is drawn until it is new."""
+    for _ in range(_DRAWS):
+        drawn = new_id()
+        if not stored.outputs.exists(drawn, HOST):
+            return stored.outputs.add(replace(output, record=replace(output.record, id=drawn)))
+    raise unavailable("no id could be found for the output that is not taken")
 
 
 def answer_again(prior: Output, key_digest: bytes | None) -> Appended:
@@ -130,16 +185,24 @@ class OutputStore:
         log: Where they are kept.
         files: What references to files lead to; None: there are none.
         new_id: Draws an id, from a cryptographic source; called in the writer's thread.
+        now_ms: A clock, milliseconds since 1970.
         settings: The bounds.
         counters: What is counted.
     """
 
     def __init__(
-        self, log: OutputLog, files: Files | None, new_id: Callable[[], str], settings: Settings, counters: Counters
+        self,
+        log: OutputLog,
+        files: Files | None,
+        new_id: Callable[[], str],
+        now_ms: Callable[[], int],
+        settings: Settings,
+        counters: Counters,
     ) -> None:
         self._log = log
         self._files = files
         self._new_id = new_id
+        self._now_ms = now_ms
         self._settings = settings
         self._counters = counters
 
@@ -159,6 +222,27 @@ class OutputStore:
         appended, stored = await self._log.edit(edit)
         self._counters.outputs_appended += stored
         return cast("Appended", appended)
+
+    async def keep_result(self, owner: Principal, handle: str, tool: str, value: Raw, run_id: str | None) -> Output:
+        """Stores the result of a handle, for `owner` and the host alone; the answer means that it is durable.
+
+        No limit of outputs holds it: how large a result may be is for whoever runs the tool to say.
+
+        Raises:
+            RpcError: overloaded, unavailable.
+        """
+        edit = KeepResult(
+            principal=owner,
+            handle=handle,
+            tool=tool,
+            value=value,
+            run_id=run_id,
+            now_ms=self._now_ms(),
+            new_id=self._new_id,
+        )
+        output: Output = await self._log.edit(edit, patient=True)
+        self._counters.outputs_appended += 1
+        return output
 
     async def _examine(self, file: FileRef, where: str) -> tuple[Body, Fingerprint]:
         if self._files is None:
@@ -180,7 +264,7 @@ class OutputStore:
         file = content_of(output.record.event)
         if self._files is None or not isinstance(file, FileRef) or not (output.body and output.body.sha256):
             return output
-        if await self._log.output(output.record.id) is not None:
+        if await self._log.output(output.record.id, HOST) is not None:
             return output  # it is compared with what is stored, and not stored again
         try:
             body, fingerprint = await self._files.examine(file.path)
@@ -188,39 +272,39 @@ class OutputStore:
             return output
         return replace(output, body=body, fingerprint=fingerprint) if body.sha256 == output.body.sha256 else output
 
-    async def get(self, output_id: str) -> Output:
+    async def get(self, output_id: str, principal: Principal) -> Output:
         """The output of this id.
 
         Raises:
-            RpcError: not_found; what reading raises.
+            RpcError: not_found, also where `principal` does not see it; what reading raises.
         """
-        output = await self._log.output(output_id)
+        output = await self._log.output(output_id, principal)
         if output is None:
             raise not_found("output", output_id)
         return output
 
-    async def latest(self, filters: LatestOutput) -> OutputRecord:
-        """The newest output of a producer, or the newest artifact of a name.
+    async def latest(self, filters: LatestOutput, principal: Principal) -> OutputRecord:
+        """The newest output of a producer, or the newest artifact of a name, of those that `principal` sees.
 
         Raises:
             RpcError: not_found; what reading raises.
         """
-        output = await self._log.latest_output(filters)
+        output = await self._log.latest_output(filters, principal)
         if output is None:
             raise not_found("output", filters.name if filters.name is not None else filters.artifact or "")
         return output.record
 
-    async def list(self, filters: ListOutputs, after: int, limit: int) -> Listed:
-        """A page of outputs, in order, from behind the number `after`."""
-        return await self._log.outputs(filters, after, limit)
+    async def list(self, filters: ListOutputs, principal: Principal, after: int, limit: int) -> Listed:
+        """A page of the outputs that `principal` sees, in order, from behind the number `after`."""
+        return await self._log.outputs(filters, principal, after, limit)
 
-    async def read(self, output_id: str, offset: int, length: int) -> OutputSlice:
+    async def read(self, output_id: str, principal: Principal, offset: int, length: int) -> OutputSlice:
         """A slice of an output's content.
 
         Raises:
             RpcError: not_found; conflict file_changed; invalid_params; what reading raises.
         """
-        output = await self.get(output_id)
+        output = await self.get(output_id, principal)
         content, body = content_of(output.record.event), output.body
         if content is None or body is None:
             raise invalid_params("id", f"output {output_id!r} is progress: it has no content")

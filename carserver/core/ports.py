@@ -9,6 +9,7 @@ from carserver.core.edits import Edit, Edited, End
 from carserver.core.runs import Entry, Head
 from carserver.protocol.errors import ErrorKind, RpcError
 from carserver.protocol.runs import ListRuns, Status
+from carserver.protocol.tools import ToolStatus
 
 
 class Committed(NamedTuple):
@@ -21,10 +22,11 @@ class Committed(NamedTuple):
 
 
 class Done(NamedTuple):
-    """An edit that is durable now."""
+    """An edit that is durable now; `by` is what it was submitted with."""
 
     edit: Edit
     edited: Edited
+    by: Attendant | None = None
 
 
 class Scan(NamedTuple):
@@ -77,6 +79,14 @@ class Hooks(Protocol):
         """A run came to be over: with a final status, or interrupted, after which it may go on and end again."""
         ...
 
+    def tool_started(self, handle: str, tool: str, run_id: str) -> None:
+        """A tool was invoked; `run_id` is empty where it is part of no run."""
+        ...
+
+    def tool_ended(self, handle: str, tool: str, status: ToolStatus, run_id: str) -> None:
+        """A handle has its last status."""
+        ...
+
 
 class Damaged(RpcError):
     """What is stored is missing, or not what was stored: reading it again will not help."""
@@ -87,6 +97,14 @@ class Damaged(RpcError):
 
 class Deleted(Damaged):
     """What was asked for is missing because its run was deleted meanwhile: no damage."""
+
+
+class Timer(Protocol):
+    """A call that will be made."""
+
+    def cancel(self) -> None:
+        """It is not wanted any more."""
+        ...
 
 
 CallLater = Callable[[float, Callable[[], None]], object]
@@ -109,15 +127,17 @@ class PageReader(Protocol):
 class RunLog(PageReader, Protocol):
     """Keeps runs. What it acknowledges is durable; a commit is published, in order, before it is acknowledged."""
 
-    async def submit(self, command: Command, by: Attendant | None) -> Any:
+    async def submit(self, command: Command, by: Attendant | None, *, patient: bool = False) -> Any:
         """The command's answer, once it is durable.
+
+        `patient`: it waits as long as that takes. The deadline is there to answer peers, and leaves the outcome open.
 
         Raises:
             RpcError: the command's refusal; unavailable, overloaded, deadline_exceeded.
         """
         ...
 
-    async def edit(self, edit: Edit) -> Any:
+    async def edit(self, edit: Edit, by: Attendant | None = None, *, patient: bool = False) -> Any:
         """The edit's answer, once it is durable; it raises as `submit` does."""
         ...
 

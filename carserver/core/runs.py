@@ -35,6 +35,9 @@ EFFECTS: dict[str, Effect] = {
     "error": Effect(Status.FAILED, text="message"),
 }
 
+ASIDE_ENTRIES = 15_000_000
+"""A log with so many entries takes no new handle: the key of an event has room for 2^24 (`stores.schema`)."""
+
 CODES = {status: place for place, status in enumerate(STATUSES)}
 
 
@@ -135,6 +138,17 @@ def advance(head: Head, events: Sequence[Event], now_ms: int, at_ms: Sequence[in
     )
     log_bytes = head.log_bytes + sum(len(event.raw) for event in events)
     return Advance(_changed(head, after, reopened=reopened, last_at_ms=last, log_bytes=log_bytes), entries)
+
+
+def aside(head: Head, events: Sequence[Event], now_ms: int) -> Advance:
+    """Appends events of the daemon's own, which are not what the agent did: the run's status stays as it is."""
+    run = head.run
+    now = max(now_ms, run.updated_at_ms)
+    code = CODES[run.status]
+    entries = [Entry(run.event_count + place, now, code, event.raw) for place, event in enumerate(events)]
+    after = replace(run, event_count=run.event_count + len(entries), updated_at_ms=now)
+    log_bytes = head.log_bytes + sum(len(event.raw) for event in events)
+    return Advance(_changed(head, after, last_at_ms=now, log_bytes=log_bytes), entries)
 
 
 class _State:

@@ -1,6 +1,7 @@
 """The runs, as methods use them: every change goes through the log, every answer comes from what is committed."""
 
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from carserver.config import Settings
@@ -9,14 +10,14 @@ from carserver.core.commands import Cancel, Command, Create, Interrupt
 from carserver.core.counters import Counters
 from carserver.core.edits import Edit, Edited
 from carserver.core.hub import Hub
-from carserver.core.ports import Committed, Damaged, Done, Hooks, Place, RunLog, Scan
+from carserver.core.ports import Committed, Damaged, Done, Hooks, Place, RunLog, Scan, Timer
 from carserver.core.principals import HOST, Principal, visible
 from carserver.core.runs import Head, LiveRun
 from carserver.core.subscription import Topic
 from carserver.core.watch import Watchers
 from carserver.protocol.errors import RpcError, not_found
 from carserver.protocol.frames import notification
-from carserver.protocol.runs import ListRuns, RunCancelled
+from carserver.protocol.runs import ListRuns, RunCancelled, Status
 
 DELETED = "the run was deleted"
 
@@ -32,7 +33,7 @@ class Clock(Protocol):
         """Seconds; never jumps."""
         ...
 
-    def call_later(self, delay_s: float, callback: Callable[[], None]) -> object:
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> Timer:
         """Calls back after so many seconds."""
         ...
 
@@ -62,6 +63,14 @@ class RunStore:
         self.hub = Hub(log, clock.call_later, settings, counters)
         self.watchers = Watchers(settings, counters)
         self.attendance = Attendance(settings, clock.monotonic, clock.call_later, self._interrupt)
+        self._tell_over: Callable[[str], None] = lambda _: None
+
+    def on_over(self, tell: Callable[[str], None]) -> None:
+        """Whom to tell the id of each run that failed, was cancelled, interrupted or deleted, once that is published.
+
+        What goes on for such a run is not wanted any more. It is called on the loop, and only takes note.
+        """
+        self._tell_over = tell
 
     async def change(self, command: Command, by: Attendant | None) -> Any:
         """The command's answer, once it is durable and published; then `by` attends the run.
@@ -69,23 +78,33 @@ class RunStore:
         Raises:
             RpcError: as the command says; deadline_exceeded, overloaded, unavailable.
         """
-        topic = self.hub.find(command.run_id)
-        refused = topic is not None and topic.head is not None and topic.head.owner != command.principal.name
-        if refused or not command.attends:
+        with self._arriving(command.run_id if command.attends else None, command.principal):
             return await self._log.submit(command, by)
-        self.attendance.arriving(command.run_id)
-        try:
-            return await self._log.submit(command, by)
-        finally:
-            self.attendance.arrived(command.run_id)
 
-    async def edit(self, edit: Edit) -> Any:
-        """The edit's answer, once it is durable and published.
+    async def edit(self, edit: Edit, by: Attendant | None = None, *, patient: bool = False) -> Any:
+        """The edit's answer, once it is durable and published; then `by` attends the run that it names, if it does.
+
+        `patient`: see `core.ports.RunLog`.
 
         Raises:
             RpcError: as the edit says; deadline_exceeded, overloaded, unavailable.
         """
-        return await self._log.edit(edit)
+        with self._arriving(edit.attends, edit.principal):
+            return await self._log.edit(edit, by, patient=patient)
+
+    @contextmanager
+    def _arriving(self, run_id: str | None, principal: Principal) -> Iterator[None]:
+        """While a change is on its way that lets somebody attend a run, unless it is known that it will be refused."""
+        topic = None if run_id is None else self.hub.find(run_id)
+        refused = topic is not None and topic.head is not None and topic.head.owner != principal.name
+        if run_id is None or refused:
+            yield
+            return
+        self.attendance.arriving(run_id)
+        try:
+            yield
+        finally:
+            self.attendance.arrived(run_id)
 
     def committed(self, changes: Sequence[Committed | Done]) -> None:
         """What one commit made, before any of it is acknowledged; called on the loop, in the log's order."""
@@ -93,10 +112,13 @@ class RunStore:
         for change in changes:
             if isinstance(change, Committed):
                 commands.append(change)
-            else:
+                continue
+            _, edited, by = change
+            commands += [Committed(command, applied, by, before) for command, applied, before in edited.applied]
+            if edited.appeared or edited.deleted:
                 self._changed(commands)
                 commands = []
-                self._edited(change.edited)
+                self._edited(edited)
         self._changed(commands)
         self.watchers.move()
 
@@ -115,8 +137,9 @@ class RunStore:
             self._tell_cancelled(command)
         if applied.ended and isinstance(command, Interrupt):
             self._counters.runs_interrupted += 1
-        attends = by if command.attends and by is not None and not by.closed else None
-        self.attendance.changed(applied.head, attends)
+        self.attendance.changed(applied.head, by if command.attends else None)
+        if applied.ended and applied.head.run.status is not Status.COMPLETED:
+            self._tell_over(command.run_id)
         if self._hooks is not None:
             self._tell_hooks(self._hooks, change)
 
@@ -138,6 +161,7 @@ class RunStore:
         for head in edited.deleted:
             self._counters.runs_deleted += 1
             self.hub.close(head.run.id, DELETED)
+            self._tell_over(head.run.id)
         self.watchers.publish((None, head) for head in edited.appeared)
         self.watchers.deleted(edited.deleted)
 

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from carserver.config import Settings
 from carserver.core.edits import Edit, Edited, Staged, Stored
 from carserver.core.intake import take_in_metadata, take_in_one
-from carserver.core.outputs import Body, Output, take_in
+from carserver.core.outputs import Body, Output, check_producer, take_in
 from carserver.core.runs import CODES, Entry, Head
 from carserver.protocol.codec import check_name, check_text, decode, encode
 from carserver.protocol.errors import RpcError, conflict, forbidden, invalid_params, limit_exceeded
@@ -136,14 +136,15 @@ def _check_follows(entry: Entry, before: Entry, at: str) -> None:
 
 def _checked_output(given: ImportedOutput, line: ImportLine, at: str, settings: Settings) -> Output:
     run_id = None if given.run_id is UNSET else given.run_id
-    for name, value in (("task_id", given.task_id), ("producer_agent", given.producer_agent), ("run_id", run_id or "")):
+    for name, value in (("task_id", given.task_id), ("run_id", run_id or "")):
         check_name(value, settings.name_chars, f"{at}.{name}")
+    check_producer(given.producer_agent, settings, f"{at}.producer_agent")
     if len(given.parent_refs) > settings.output_parents:
         raise limit_exceeded("output_parents", len(given.parent_refs), settings.output_parents, f"{at}.parent_refs")
     for place, parent in enumerate(given.parent_refs):
         check_name(parent, settings.name_chars, f"{at}.parent_refs[{place}]")
     try:
-        taken = take_in(given.event, settings)
+        taken = take_in(given.event, settings, private=given.private is True)
     except RpcError as error:
         path = {"path": f"{at}.{error.data['path']}"} if "path" in error.data else {}
         raise RpcError(error.kind, f"{at}.{error.message}", **(error.data | path)) from None

@@ -6,7 +6,7 @@ from typing import Annotated
 import msgspec
 import orjson
 
-from carserver.core.outputs import Output, TakenIn, take_in
+from carserver.core.outputs import Output, TakenIn, check_producer, take_in
 from carserver.protocol.codec import check_name, encode
 from carserver.protocol.errors import ErrorKind, invalid_params, limit_exceeded
 from carserver.protocol.outputs import (
@@ -44,7 +44,7 @@ _APPEND = (
 async def append(session: Session, params: AppendOutput) -> Appended:
     """Stores an output, for everyone who is authenticated to read; the answer means that it is durable.
 
-    `parent_refs` must exist; `run_id` is a run of one's own, which the output is deleted with. The same
+    `parent_refs` must exist, and be visible; `run_id` is a run of one's own, which the output is deleted with. The same
     `idempotency_key` with the same other params gives the same id, with others a `conflict` (`key_reused`).
 
     A file is named by its path below the daemon's file root. It is a plain file, no part of its path is a link, and it
@@ -88,8 +88,11 @@ def _digest(params: AppendOutput, given: TakenIn) -> bytes:
 
 @method("outputs.get", pages=True, errors=[NOT_FOUND], example=Example({"id": EXAMPLE_ID}, before=[_APPEND]))
 async def get(session: Session, params: OutputRef) -> OutputRecord:
-    """The whole record of an output; the content of a file is for `outputs.read`."""
-    return (await session.services.outputs.get(params.id)).record
+    """The whole record of an output; the content of a file is for `outputs.read`.
+
+    The result of a handle is its owner's and the host's alone (`private`): for all others, of no method, there is none.
+    """
+    return (await session.services.outputs.get(params.id, session.acting)).record
 
 
 @method("outputs.latest", pages=True, errors=[NOT_FOUND], example=Example({"artifact": "report"}, before=[_APPEND]))
@@ -101,7 +104,9 @@ async def latest(session: Session, params: LatestOutput) -> OutputRecord:
     if (params.name is None) == (params.artifact is None):
         raise invalid_params("name", "`name`, a producer, or `artifact` is wanted: one of them")
     _check_attempt(params)
-    return await session.services.outputs.latest(params)
+    if params.name is not None:
+        check_producer(params.name, session.services.settings, "name")
+    return await session.services.outputs.latest(params, session.acting)
 
 
 @method(
@@ -121,7 +126,7 @@ async def list_(session: Session, params: ListOutputs) -> Encoded[OutputPage]:
     limit = settings.page_entries if params.limit is None else params.limit
     if limit > settings.page_entries:
         raise limit_exceeded("page_entries", limit, settings.page_entries, "limit")
-    found = await session.services.outputs.list(filters, after, limit)
+    found = await session.services.outputs.list(filters, session.acting, after, limit)
     next_page = encode(_write_page(filters, found.last)) if found.more else b"null"
     return Encoded(b'{"outputs":[%b],"next_page":%b}' % (b",".join(found.records), next_page))
 
@@ -173,4 +178,4 @@ async def read(session: Session, params: ReadOutput) -> OutputSlice:
     length = maximum if params.length is None else params.length
     if length > maximum:
         raise limit_exceeded("output_slice_bytes", length, maximum, "length")
-    return await session.services.outputs.read(params.id, params.offset, length)
+    return await session.services.outputs.read(params.id, session.acting, params.offset, length)

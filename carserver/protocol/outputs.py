@@ -66,7 +66,10 @@ OutputEvent = Progress | Partial | Artifact | Final
 
 
 class OutputRecord(Struct, frozen=True, kw_only=True):
-    """One output. `run_id` is left out where it belongs to no run."""
+    """One output. `run_id` is left out where it belongs to no run.
+
+    `private` is there, and true, where its owner and the host alone see it: it is the result of a handle.
+    """
 
     id: OutputId
     task_id: Annotated[str, msgspec.Meta(min_length=1)]
@@ -76,6 +79,7 @@ class OutputRecord(Struct, frozen=True, kw_only=True):
     parent_refs: list[str]
     created_at_ms: Milliseconds
     run_id: str | UnsetType = UNSET
+    private: Literal[True] | UnsetType = UNSET
 
 
 class GivenInline(Struct, frozen=True, kw_only=True, tag_field="kind", tag="inline"):
@@ -137,7 +141,7 @@ class OutputRef(Struct, frozen=True, kw_only=True):
 class LatestOutput(Struct, frozen=True, kw_only=True):
     """Params of `outputs.latest`: `name` (a producer) or `artifact`, one of them."""
 
-    name: Id | None = None
+    name: str | None = None
     artifact: Id | None = None
     task_id: Id | None = None
     attempt: Attempt | None = None

@@ -3,7 +3,7 @@
 A file of these is JSON lines: a run, then its events a page each, then the next run, oldest first; then the outputs.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
@@ -74,6 +74,7 @@ class ImportedOutput(Struct, frozen=True, kw_only=True):
     parent_refs: list[str]
     created_at_ms: Time
     run_id: str | UnsetType = UNSET
+    private: Literal[True] | UnsetType = UNSET
 
 
 class ImportLine(Struct, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ import logging
 import os
 import sqlite3
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,6 @@ from carserver.stores.damage import Unreadable
 from carserver.stores.outputs import output_of
 from carserver.stores.rows import COPIED, RENEWED, read_entries, read_heads, read_meta
 from carserver.stores.schema import (
-    VERSION,
     DamagedFile,
     StorageError,
     cannot_open,
@@ -39,6 +38,10 @@ _INDEX_HEADER = struct.Struct("=3I BBH I")  # of the log's index; the last is th
 _WORD = 0xFFFFFFFF
 LEAST_BYTES = 512
 """Of a database: no page is smaller."""
+MAY_RUN_TWICE = "a tool that was called before, and is called again now with the same key, may run twice"
+"""What is said where keys may be missing."""
+_CHECKED = 2  # the schema version from which on rows beside the events have checksums
+_TABLES = ("runs", "texts", "batches", "handles", "tool_keys")  # whose rows end in their checksum
 _NUMBERS = (
     ("SELECT max(no) FROM dropped", "SELECT value + 0 FROM meta WHERE name = 'no'"),
     ("SELECT max(no) FROM outputs", "SELECT seq FROM sqlite_sequence WHERE name = 'outputs'"),
@@ -86,7 +89,7 @@ def inspect(path: Path, check_bytes: int, *, thorough: bool) -> None:
         if log_bytes or size_of(path):
             raise DamagedFile(f"it has {size_of(path)} bytes, and its write-ahead log {log_bytes}")
         if path.exists():
-            log.error("%s is empty, as if it had been cut off; starting with no runs", path)
+            log.error("%s is empty, as if it had been cut off; starting with no runs; %s", path, MAY_RUN_TWICE)
         return
     try:
         with without_trace(path):
@@ -116,10 +119,10 @@ def _look(connection: sqlite3.Connection, path: Path, *, whole: bool, events: bo
         for (problem,) in connection.execute("PRAGMA integrity_check(1)"):
             if problem != "ok":
                 raise DamagedFile(" ".join(problem.split()))
-    if version == VERSION:  # rows had no checksums before
+    if version >= _CHECKED:
         _look_at_numbers(connection)
         if whole:
-            _look_at_rows(connection)
+            _look_at_rows(connection, [table for table in _TABLES if table in found])
         if events:
             _look_at_events(connection)
 
@@ -146,11 +149,11 @@ def _look_at_numbers(connection: sqlite3.Connection) -> None:
             raise DamagedFile("a number that was given out would be given out again")
 
 
-def _look_at_rows(connection: sqlite3.Connection) -> None:
-    for table in ("runs", "texts", "batches"):  # in each, the checksum is the last column
+def _look_at_rows(connection: sqlite3.Connection, tables: Sequence[str]) -> None:
+    for table in tables:
         for row in connection.execute(f"SELECT * FROM {table}"):  # noqa: S608 - constants
             if row_checksum(*row[:-1]) != row[-1]:
-                raise DamagedFile(f"a row of number {row[0]!r} in {table!r} is not what was stored")
+                raise DamagedFile(f"a row of {table!r}, at {row[0]!r}, is not what was stored")
     if connection.execute("SELECT 1 FROM runs WHERE no NOT IN (SELECT no FROM texts)").fetchone():
         raise DamagedFile("the texts of a run are missing")
     for row in connection.execute("SELECT * FROM outputs"):

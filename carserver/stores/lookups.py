@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 from carserver.core.ports import Damaged
+from carserver.stores.schema import row_checksum
 
 
 def check_neighbours(connection: sqlite3.Connection, index: str, values: Sequence[Any]) -> None:
@@ -24,11 +25,46 @@ def check_neighbours(connection: sqlite3.Connection, index: str, values: Sequenc
             raise Damaged(f"the index {index!r} is damaged near {', '.join(map(repr, values))}")
 
 
+def find_row(connection: sqlite3.Connection, table: str, key: Sequence[Any]) -> tuple[Any, ...] | None:
+    """The row with this key, of a table that is sorted by it and whose rows end in a checksum; None if there is none.
+
+    Raises:
+        Damaged: it is not what was stored; or it is not there, and what stands beside its place is not.
+    """
+    from_there, before = _row_queries(table)
+    row = _sound(connection, table, from_there, key)
+    if row is not None and row[: len(key)] == tuple(key):
+        return row
+    _sound(connection, table, before, key)
+    return None
+
+
+def _sound(connection: sqlite3.Connection, table: str, query: str, key: Sequence[Any]) -> tuple[Any, ...] | None:
+    row: tuple[Any, ...] | None = connection.execute(query, key).fetchone()
+    if row is not None and row_checksum(*row[:-1]) != row[-1]:
+        raise Damaged(f"the table {table!r} is damaged, at or beside {', '.join(map(repr, key))}")
+    return row
+
+
+_KEYS = {"batches": "no, batch_id", "handles": "handle", "tool_keys": "owner, method, key"}
 _INDEXES = {
     "sqlite_autoindex_runs_1": ("runs", "id"),
     "sqlite_autoindex_outputs_1": ("outputs", "id"),
     "outputs_by_key": ("outputs", "owner, key"),
 }
+
+
+@cache
+def _row_queries(table: str) -> tuple[str, str]:
+    """The first row from a key on, and the last one before it."""
+    names = _KEYS[table]
+    columns = names.split(", ")
+    marks = ", ".join("?" * len(columns))
+    down = ", ".join(f"{column} DESC" for column in columns)
+    return (
+        f"SELECT * FROM {table} WHERE ({names}) >= ({marks}) ORDER BY {names} LIMIT 1",  # noqa: S608 - constants
+        f"SELECT * FROM {table} WHERE ({names}) < ({marks}) ORDER BY {down} LIMIT 1",  # noqa: S608 - constants
+    )
 
 
 @cache

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from carserver.core.edits import Removed
 from carserver.core.outputs import Body, Fingerprint, Listed, Output, content_of, with_content
 from carserver.core.ports import Damaged
+from carserver.core.principals import HOST, Principal
 from carserver.protocol.codec import encode
 from carserver.protocol.outputs import Artifact, Inline, LatestOutput, ListOutputs, OutputEvent, OutputRecord
 from carserver.stores.lookups import check_neighbours
@@ -23,8 +24,11 @@ from carserver.stores.schema import row_checksum
 
 _COLUMNS = (
     "no, id, owner, task_id, attempt, producer_agent, artifact, run_id, created_at_ms, key, key_digest, event,"
-    " parent_refs, size, sha256, utf8, fingerprint, value_checksum, checksum"
+    " parent_refs, size, sha256, flags, fingerprint, value_checksum, checksum"
 )
+_UTF8, _PRIVATE = 1, 2  # what `flags` says: of the content, and of who sees it; NULL is neither
+# A value that is damaged is not taken for private: it is not passed over, but met, and said.
+_NOT_ANOTHERS = f"(flags IS NULL OR flags NOT IN ({_PRIVATE}, {_PRIVATE | _UTF8}) OR owner = ?)"
 _WHOLE = f"SELECT {_COLUMNS}, value FROM outputs"  # noqa: S608 - constants
 _LISTED = f"SELECT {_COLUMNS}, CASE WHEN size <= ? THEN value END FROM outputs"  # noqa: S608 - constants
 _INSERT = f"INSERT INTO outputs ({_COLUMNS}, value) VALUES ({', '.join('?' * 20)})"  # noqa: S608 - constants
@@ -45,12 +49,12 @@ class OutputRows:
 
     def get(self, output_id: str) -> Output | None:
         """See `core.edits.StoredOutputs`."""
-        return read_output(self._connection, output_id)
+        return read_output(self._connection, output_id, HOST)
 
-    def exists(self, output_id: str) -> bool:
+    def exists(self, output_id: str, to: Principal) -> bool:
         """See `core.edits.StoredOutputs`."""
-        row = self._connection.execute("SELECT 1 FROM outputs WHERE id = ?", (output_id,)).fetchone()
-        return row is not None
+        where, values = _where(("id = ?", output_id), _visible(to))
+        return self._connection.execute(f"SELECT 1 FROM outputs {where}", values).fetchone() is not None  # noqa: S608 - constants
 
     def keyed(self, owner: str, key: str) -> Output | None:
         """See `core.edits.StoredOutputs`."""
@@ -104,11 +108,17 @@ def _row(output: Output) -> tuple[Any, ...]:
         encode(record.parent_refs),
         None if body is None else body.size,
         None if body is None else body.sha256,
-        None if body is None else int(body.utf8),
+        _flags(output),
         None if output.fingerprint is None else encode(output.fingerprint),
         None if value is None else zlib.crc32(value),
     )
     return (*values, row_checksum(*values), value)
+
+
+def _flags(output: Output) -> int | None:
+    if output.body is None and not output.private:
+        return None
+    return _UTF8 * (output.body is not None and output.body.utf8) + _PRIVATE * output.private
 
 
 def output_of(row: Sequence[Any], inline_bytes: int | None = None) -> Output:
@@ -119,7 +129,7 @@ def output_of(row: Sequence[Any], inline_bytes: int | None = None) -> Output:
     """
     *values, stored, value = row
     no, id_, owner, task_id, attempt, producer, _, run_id, created, key, key_digest, *rest = values
-    event_json, parent_refs, size, sha256, utf8, fingerprint, value_checksum = rest
+    event_json, parent_refs, size, sha256, flags, fingerprint, value_checksum = rest
     if row_checksum(*values) != stored or not _is_value(value, value_checksum, size, inline_bytes):
         raise Damaged(f"output {id_!r} is stored under number {no!r}, and its row is damaged")
     event: OutputEvent = _event_decoder.decode(event_json)
@@ -135,12 +145,13 @@ def output_of(row: Sequence[Any], inline_bytes: int | None = None) -> Output:
         parent_refs=_refs_decoder.decode(parent_refs),
         created_at_ms=created,
         run_id=UNSET if run_id is None else run_id,
+        private=True if flags is not None and flags & _PRIVATE else UNSET,
     )
     return Output(
         no=no,
         owner=owner,
         record=record,
-        body=None if size is None else Body(size, sha256, bool(utf8)),
+        body=None if size is None else Body(size, sha256, bool(flags & _UTF8)),
         fingerprint=None if fingerprint is None else _fingerprint_decoder.decode(fingerprint),
         key=key,
         key_digest=key_digest,
@@ -154,8 +165,8 @@ def _is_value(value: Any, stored: int | None, size: int, inline_bytes: int | Non
     return stored is not None and isinstance(value, bytes) and zlib.crc32(value) == stored
 
 
-def read_output(connection: sqlite3.Connection, output_id: str) -> Output | None:
-    """The output of this id; None if there is none."""
+def read_output(connection: sqlite3.Connection, output_id: str, to: Principal) -> Output | None:
+    """The output of this id; None if there is none that `to` sees."""
     row = connection.execute(f"{_WHOLE} WHERE id = ?", (output_id,)).fetchone()
     if row is None:
         check_neighbours(connection, "sqlite_autoindex_outputs_1", (output_id,))
@@ -163,7 +174,7 @@ def read_output(connection: sqlite3.Connection, output_id: str) -> Output | None
     output = output_of(row)
     if output.record.id != output_id:
         raise Damaged(f"the index of output ids is damaged: {output_id!r} leads to {output.record.id!r}")
-    return output
+    return output if output.visible_to(to) else None
 
 
 def read_keyed(connection: sqlite3.Connection, owner: str, key: str) -> Output | None:
@@ -175,26 +186,35 @@ def read_keyed(connection: sqlite3.Connection, owner: str, key: str) -> Output |
     return output_of(row)
 
 
-def read_latest(connection: sqlite3.Connection, filters: LatestOutput) -> Output | None:
-    """The newest output that fits; None if none does."""
+def read_latest(connection: sqlite3.Connection, filters: LatestOutput, to: Principal) -> Output | None:
+    """The newest output that fits and that `to` sees; None if none does."""
     where, values = _where(
         ("producer_agent = ?", filters.name),
         ("artifact = ?", filters.artifact),
         ("task_id = ?", filters.task_id),
         ("attempt = ?", filters.attempt),
+        _visible(to),
     )
     row = connection.execute(f"{_WHOLE} {where} ORDER BY no DESC LIMIT 1", values).fetchone()
     return None if row is None else output_of(row)
 
 
 def read_outputs(
-    connection: sqlite3.Connection, filters: ListOutputs, after: int, limit: int, inline_bytes: int, page_bytes: int
+    connection: sqlite3.Connection,
+    filters: ListOutputs,
+    to: Principal,
+    after: int,
+    limit: int,
+    inline_bytes: int,
+    page_bytes: int,
 ) -> Listed:
-    """Outputs in order, from behind `after`: at most `limit` and `page_bytes`, at least one.
+    """Outputs that `to` sees, in order, from behind `after`: at most `limit` and `page_bytes`, at least one.
 
     A value of more than `inline_bytes` is left out.
     """
-    where, values = _where(("task_id = ?", filters.task_id), ("attempt = ?", filters.attempt), ("no > ?", after))
+    where, values = _where(
+        ("task_id = ?", filters.task_id), ("attempt = ?", filters.attempt), ("no > ?", after), _visible(to)
+    )
     rows = connection.execute(f"{_LISTED} {where} ORDER BY no LIMIT ?", (inline_bytes, *values, limit + 1))
     records: list[bytes] = []
     taken, last, more = 0, after, False
@@ -213,6 +233,11 @@ def read_outputs(
     finally:
         rows.close()
     return Listed(records, last, more)
+
+
+def _visible(to: Principal) -> tuple[str, str | None]:
+    """The term for what `to` sees: all, as the host."""
+    return _NOT_ANOTHERS, None if to.role == "host" else to.name
 
 
 def _where(*terms: tuple[str, Any]) -> tuple[str, list[Any]]:

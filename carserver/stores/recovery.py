@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from carserver.config import Settings
+from carserver.core.edits import OpenHandle
 from carserver.core.ports import Damaged
 from carserver.core.runs import LiveRun
 from carserver.stores.damage import Unreadable, mark_of
-from carserver.stores.inspection import LEAST_BYTES, beside, inspect, size_of
+from carserver.stores.handles import read_open
+from carserver.stores.inspection import LEAST_BYTES, MAY_RUN_TWICE, beside, inspect, size_of
 from carserver.stores.rows import read_live, renew_epochs
 from carserver.stores.salvage import Salvage
 from carserver.stores.schema import DamagedFile, StorageError, cannot_open, check_version, open_writer
@@ -38,10 +40,11 @@ _PIECE_BYTES = 1024 * 1024
 
 
 class Opened(NamedTuple):
-    """The database: the one connection that writes, and the runs that are live."""
+    """The database: the one connection that writes, the runs that are live, and the handles that are open."""
 
     connection: sqlite3.Connection
     live: list[LiveRun]
+    open_handles: list[OpenHandle]
 
 
 def open_database(path: Path, settings: Settings) -> Opened:
@@ -107,11 +110,16 @@ def _read_through(path: Path) -> None:
         raise StorageError(f"cannot open {path}: {error.strerror}; see that its disk works") from error
 
 
-def _open(path: Path, settings: Settings) -> Opened:
+def _open(path: Path, settings: Settings, *, made_now: bool = False) -> Opened:
     connection = open_writer(path, synchronous=SYNCHRONOUS[settings.durability])
     try:
-        renew_epochs(connection)
-        return Opened(connection, read_live(connection))
+        if renew_epochs(connection) and not made_now:
+            log.warning(
+                "%s is a copy that is used for the first time, and does not know what was done since: %s",
+                path,
+                MAY_RUN_TWICE,
+            )
+        return Opened(connection, read_live(connection), read_open(connection))
     except Damaged as error:
         connection.close()
         raise DamagedFile(error.message) from error
@@ -122,7 +130,7 @@ def _open(path: Path, settings: Settings) -> Opened:
 
 def _open_again(path: Path, settings: Settings) -> Opened:
     try:
-        return _open(path, settings)
+        return _open(path, settings, made_now=True)
     except DamagedFile as error:
         raise StorageError(f"cannot open {path}, which was made a moment ago: {error}; is the disk failing?") from error
 
@@ -162,6 +170,10 @@ def _summary(path: Path, aside: Path, problem: str, salvage: Salvage) -> str:
         carried += f", {len(salvage.lost)} runs and {salvage.lost_outputs} outputs were not, as they are not whole"
     if salvage.forgotten:
         carried += "; a batch that was recorded before, and is sent again now, may be recorded twice"
+    if salvage.forgotten_keys:
+        carried += f"; {MAY_RUN_TWICE}"
+    if salvage.unclosed:
+        carried += "; a tool that was running may have no end in its run's log"
     return (
         f"{path} was damaged: {problem}; it is kept as {aside}; {carried}; to have what is missing, stop the daemon and"
         f" restore a backup as {path}, with no {path.name}-wal beside it; the damaged file is for rescue by hand,"

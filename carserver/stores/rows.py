@@ -14,7 +14,7 @@ from carserver.core.commands import Batch
 from carserver.core.ports import Damaged, Deleted, Place, Scan
 from carserver.core.runs import Entry, Head, LiveRun
 from carserver.protocol.runs import LIVE, STATUSES, ListRuns, Recorded, Snapshot
-from carserver.stores.lookups import check_neighbours
+from carserver.stores.lookups import check_neighbours, find_row
 from carserver.stores.schema import SEQUENCE_BITS, row_checksum
 
 RUN_COLUMNS = (
@@ -26,7 +26,6 @@ _REVISION = RUN_COLUMNS.split(", ").index("revision")
 TEXTS = ("prompt", "outcome_description", "metadata", "result_text", "error", "cancel_reason", "interrupted_reason")
 _HEADS = f"SELECT {RUN_COLUMNS}, runs.checksum, {', '.join(TEXTS)}, texts.checksum FROM runs LEFT JOIN texts USING (no)"  # noqa: S608 - constants
 _LIVE_CODES = ", ".join(str(STATUSES.index(status)) for status in sorted(LIVE))
-_BATCHES = "SELECT no, batch_id, digest, first_sequence, count, status, checksum FROM batches"
 COPIED, RENEWED = "copied", "renewed"
 """Names in `meta`: of a copy that nobody used yet, and while its log is the one that it began itself: one value."""
 _checksummed = struct.Struct("<qqB").pack
@@ -150,25 +149,16 @@ def read_batch(connection: sqlite3.Connection, head: Head, batch_id: str) -> Bat
     """What is kept of a batch of a run.
 
     Raises:
-        Damaged: it is not what was stored; or it is not there, and what stands beside its place is not (`lookups`).
+        Damaged: see `lookups.find_row`.
     """
-    key = (head.no, batch_id)
-    row = _batch(connection, f"{_BATCHES} WHERE (no, batch_id) >= (?, ?) ORDER BY no, batch_id LIMIT 1", key)
-    if row is None or row[:2] != key:
-        _batch(connection, f"{_BATCHES} WHERE (no, batch_id) < (?, ?) ORDER BY no DESC, batch_id DESC LIMIT 1", key)
+    row = find_row(connection, "batches", (head.no, batch_id))
+    if row is None:
         return None
     _, _, digest, first, count, status, _ = row
     answer = Recorded(
         run_id=head.run.id, first_sequence=first, count=count, cursor=first + count, status=STATUSES[status]
     )
     return Batch(batch_id, digest, answer)
-
-
-def _batch(connection: sqlite3.Connection, query: str, key: tuple[int, str]) -> tuple[Any, ...] | None:
-    row: tuple[Any, ...] | None = connection.execute(query, key).fetchone()
-    if row is not None and row_checksum(*row[:-1]) != row[-1]:
-        raise Damaged(f"what is kept of batches is damaged, at or beside {key[1]!r} of the run with number {key[0]}")
-    return row
 
 
 def read_live(connection: sqlite3.Connection) -> list[LiveRun]:
@@ -201,15 +191,15 @@ def mark_copied(connection: sqlite3.Connection) -> None:
     connection.execute("REPLACE INTO meta VALUES (?, ?)", (COPIED, str(uuid4())))
 
 
-def renew_epochs(connection: sqlite3.Connection) -> None:
-    """In a copy that is used for the first time, every log gets a new epoch.
+def renew_epochs(connection: sqlite3.Connection) -> bool:
+    """In a copy that is used for the first time, every log gets a new epoch; whether this is one.
 
     Its runs may be behind what viewers saw of them before: a cursor of theirs must not be taken for a place in what is
     recorded from now on. A damaged row stays as it is, to be found.
     """
     copied = read_meta(connection, COPIED)
     if copied is None:
-        return
+        return False
     connection.create_function("row_checksum", -1, row_checksum, deterministic=True)
     renewed = RUN_COLUMNS.replace(" epoch,", " :fresh || '-' || no,")
     connection.execute("BEGIN IMMEDIATE")
@@ -223,6 +213,7 @@ def renew_epochs(connection: sqlite3.Connection) -> None:
     connection.execute("COMMIT")
     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
     connection.execute("DELETE FROM meta WHERE name = ?", (RENEWED,))  # the same backup may be put in place again
+    return True
 
 
 def read_boot_id(connection: sqlite3.Connection) -> str | None:

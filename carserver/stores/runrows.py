@@ -12,8 +12,9 @@ from msgspec.structs import replace
 from carserver.config import Settings
 from carserver.core.cache import SizedCache
 from carserver.core.commands import Applied, Command
-from carserver.core.edits import End
+from carserver.core.edits import Change, End
 from carserver.core.runs import CODES, Entry, Head
+from carserver.protocol.errors import not_found
 from carserver.stores.rows import checksum, place, read_batch, read_entries, read_head, run_row, texts_of, texts_row
 from carserver.stores.schema import row_checksum
 
@@ -110,6 +111,14 @@ class RunRows:
         self._stored.setdefault(head.run.id, before or head)
         self._new[head.run.id] = head
 
+    def apply(self, command: Command) -> Change:
+        """See `core.edits.StoredRuns`. The head is as it was until the writer calls `changed` for it."""
+        before = self.head(command.run_id)
+        if before is None:
+            raise not_found("run", command.run_id)
+        applied = self.applied(command, before)
+        return Change(command, applied if applied.head is before else self.write(applied, before), before)
+
     def _insert(self, head: Head) -> None:
         row = run_row(head)
         self._connection.execute(f"INSERT INTO runs VALUES ({', '.join('?' * len(row))})", row)  # noqa: S608 - question marks
@@ -181,6 +190,8 @@ class RunRows:
         execute = self._connection.execute
         execute("DELETE FROM runs WHERE no = ?", (head.no,))
         execute("DELETE FROM texts WHERE no = ?", (head.no,))
+        # Its id may be used again, by a run that these handles are not of.
+        execute("DELETE FROM handles WHERE run_id = ?", (head.run.id,))
         self.drop_log(head.no)
 
     def drop_log(self, no: int) -> None:

@@ -1,15 +1,16 @@
 """What can be trusted of a damaged database, copied into a new one.
 
 A run is carried over whole, with its number, or not at all: its row and its texts, every event of its log and all that
-is kept of its batches must have the checksum they were stored with. A tree of the file may be broken: numbers are read
-by ranges, and a range that fails is halved until what cannot be read is skipped. The source is never changed.
+is kept of its batches must have the checksum they were stored with. So must an output, an open handle and the key of a
+tool call, each by itself. A tree of the file may be broken: numbers are read by ranges, and a range that fails is
+halved until what cannot be read is skipped. The source is never changed.
 """
 
 import contextlib
 import logging
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from carserver.stores.rows import (
     run_row,
     texts_row,
 )
-from carserver.stores.schema import SEQUENCE_BITS, open_new, row_checksum
+from carserver.stores.schema import SEQUENCE_BITS, VERSION, open_new, row_checksum
 
 log = logging.getLogger("carserver.storage")
 
@@ -41,6 +42,7 @@ log = logging.getLogger("carserver.storage")
 _MALFORMED = (Damaged, msgspec.MsgspecError, LookupError, TypeError, ValueError)
 _FAILURES = 100_000  # reads that may fail before the rest of a table is given up
 _COMMIT_ROWS = 50_000
+_HANDLES = 3  # the schema version from which on there are rows of handles
 _PROGRESS_S = 5.0
 _NUMBERS = 1 << (63 - SEQUENCE_BITS)  # a greater one cannot be: the keys of its events would not fit
 _COLUMNS = RUN_COLUMNS.removesuffix(", log_bytes")
@@ -99,6 +101,8 @@ class Salvage:
         self.lost_outputs = 0
         self.unreadable = ""  # why no run at all could be read
         self.forgotten = False  # some batches of runs that are carried over may be missing
+        self.unclosed = False  # some open handles of such runs may be missing
+        self.forgotten_keys = True  # some keys of tool calls may be missing
 
     def into(self, target: Path) -> None:
         """Makes `target` of what can be trusted; it is complete, and not yet synced, after that.
@@ -128,8 +132,9 @@ class Salvage:
     def _carry(self) -> None:
         self._checked = any(self._all("SELECT 1 FROM pragma_table_info('runs') WHERE name = 'checksum'"))
         self._carry_meta(self._carry_runs())
-        self.forgotten = bool(self.runs) and not self._has_all_batches()
+        self.forgotten = bool(self.runs) and not self._has_all("batches", checked=self._checked)
         self._carry_outputs()
+        self._carry_handles()
 
     # Runs.
 
@@ -229,13 +234,13 @@ class Salvage:
             raise _NotWhole from error
         return found
 
-    def _has_all_batches(self) -> bool:
-        """Whether none can be missing: how many a run had is written nowhere else."""
+    def _has_all(self, table: str, *, checked: bool = True) -> bool:
+        """Whether none of its rows can be missing: how many there were is written nowhere else."""
         try:
-            if self._one("PRAGMA integrity_check(batches)", ()) != ("ok",):
+            if self._one(f"PRAGMA integrity_check({table})", ()) != ("ok",):
                 return False
-            every = self._source.execute("SELECT * FROM batches")
-            return not self._checked or all(row_checksum(*row[:-1]) == row[-1] for row in every)
+            every = self._source.execute(f"SELECT * FROM {table}")  # noqa: S608 - a constant
+            return not checked or all(row_checksum(*row[:-1]) == row[-1] for row in every)
         except (*Unreadable, _NotWhole) as error:
             _not_the_disk(error)
             return False
@@ -290,6 +295,34 @@ class Salvage:
             raise _NotWhole
         self._insert("outputs", [row])
 
+    def _carry_handles(self) -> None:
+        """Keys of tool calls; and the handles that are open in the log of a run that is carried over.
+
+        These are closed by the start that follows.
+        """
+        (version,) = next(self._all("PRAGMA user_version"), (VERSION,))
+        if 0 < version < _HANDLES and not any(self._all("SELECT 1 FROM pragma_table_info('tool_keys')")):
+            self.forgotten_keys = False
+            return
+        runs = "SELECT 1 FROM runs WHERE id = ?"
+        whole = self._carry_rows("handles", ("handle",), lambda row: any(self._target.execute(runs, (row[1],))))
+        self.unclosed = bool(self.runs) and not whole
+        self.forgotten_keys = not self._carry_rows("tool_keys", ("owner", "method", "key"), lambda _: True)
+
+    def _carry_rows(self, table: str, key: Sequence[str], wanted: Callable[[Sequence[Any]], bool]) -> bool:
+        """Rows that end in their checksum, and have it; whether none of them can be missing."""
+        columns = len(self._target.execute("SELECT 1 FROM pragma_table_info(?)", (table,)).fetchall())
+        whole = self._has_all(table)
+        # What cannot be read is passed by on the way from the other end.
+        for order in ("", " DESC")[: 1 if whole else 2]:
+            by = ", ".join(f"{column}{order}" for column in key)
+            for row in self._all(f"SELECT * FROM {table} ORDER BY {by}"):  # noqa: S608 - constants
+                if len(row) == columns and row_checksum(*row[:-1]) == row[-1] and wanted(row):
+                    self._insert(table, [row], "OR IGNORE")
+                    self._rows += 1
+                self._progress(0)
+        return whole
+
     # Reading what may be broken, and writing what is not.
 
     def _numbers(self, table: str) -> Iterator[int]:
@@ -335,9 +368,9 @@ class Salvage:
             raise _NotWhole
         return row
 
-    def _insert(self, table: str, rows: Sequence[Sequence[Any]]) -> None:
+    def _insert(self, table: str, rows: Sequence[Sequence[Any]], or_else: str = "") -> None:
         for row in rows:
-            self._target.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)  # noqa: S608 - constants
+            self._target.execute(f"INSERT {or_else} INTO {table} VALUES ({', '.join('?' * len(row))})", row)  # noqa: S608 - constants
 
     def _progress(self, found: int) -> None:
         if self._rows >= _COMMIT_ROWS:

@@ -142,6 +142,27 @@ _MIGRATIONS = (
     CREATE INDEX outputs_by_age ON outputs (created_at_ms) WHERE run_id IS NULL;
     CREATE UNIQUE INDEX outputs_by_key ON outputs (owner, key) WHERE key IS NOT NULL;
     """,
+    """
+    ALTER TABLE outputs RENAME COLUMN utf8 TO flags;
+    CREATE TABLE handles (
+        handle TEXT PRIMARY KEY,
+        run_id TEXT NOT NULL,
+        tool TEXT NOT NULL,
+        checksum INTEGER NOT NULL
+    ) WITHOUT ROWID;
+    CREATE INDEX handles_by_run ON handles (run_id);
+    CREATE TABLE tool_keys (
+        owner TEXT NOT NULL,
+        method TEXT NOT NULL,
+        key TEXT NOT NULL,
+        digest BLOB NOT NULL,
+        at_ms INTEGER NOT NULL,
+        handle TEXT NOT NULL,
+        checksum INTEGER NOT NULL,
+        PRIMARY KEY (owner, method, key)
+    ) WITHOUT ROWID;
+    CREATE INDEX tool_keys_by_time ON tool_keys (at_ms);
+    """,
 )
 """Each brings the file from the version of its place to the next. A released one is never changed."""
 

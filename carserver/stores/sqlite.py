@@ -14,9 +14,10 @@ from carserver.config import Settings
 from carserver.core.attendance import Attendant
 from carserver.core.commands import Command
 from carserver.core.counters import Counters
-from carserver.core.edits import Edit
+from carserver.core.edits import Edit, OpenHandle
 from carserver.core.outputs import Listed, Output
 from carserver.core.ports import Committed, Criteria, Damaged, Done, PageDone, Place, Plan, Scan
+from carserver.core.principals import Principal
 from carserver.core.runs import Head, LiveRun
 from carserver.protocol.errors import ErrorKind, RpcError, overloaded
 from carserver.protocol.outputs import LatestOutput, ListOutputs
@@ -62,8 +63,9 @@ class SqliteStore:
         self._deadlines = Deadlines(settings.storage_s, self._give_up)
         self._waiting_bytes = 0
         self._waiting = 0
-        connection, live = open_database(path, settings)
+        connection, live, open_handles = open_database(path, settings)
         self.found_live: list[LiveRun] = live
+        self.found_open: list[OpenHandle] = open_handles
         self.damage = Damage(path)
         try:
             self.old_boot_id = rows.read_boot_id(connection)
@@ -89,26 +91,27 @@ class SqliteStore:
 
     # Writing.
 
-    async def submit(self, command: Command, by: Attendant | None) -> Any:
+    async def submit(self, command: Command, by: Attendant | None, *, patient: bool = False) -> Any:
         """See `core.ports.RunLog`.
 
         Raises:
             RpcError: the command's refusal; overloaded, unavailable, deadline_exceeded.
         """
-        return await self._put(command, by)
+        return await self._put(command, by, patient=patient)
 
-    async def edit(self, edit: Edit) -> Any:
+    async def edit(self, edit: Edit, by: Attendant | None = None, *, patient: bool = False) -> Any:
         """See `core.ports.RunLog`."""
-        return await self._put(edit, None)
+        return await self._put(edit, by, patient=patient)
 
-    async def _put(self, command: Command | Edit, by: Attendant | None) -> Any:
+    async def _put(self, command: Command | Edit, by: Attendant | None, *, patient: bool) -> Any:
         if self._waiting >= self._settings.write_queue or self._waiting_bytes >= self._settings.write_queue_bytes:
             raise overloaded("too many changes wait for storage", self._settings.retry_after_ms)
         future: asyncio.Future[Any] = self._loop.create_future()
         self._waiting += 1
         self._waiting_bytes += command.size
         self._writer.put(Job(future, command, by))
-        self._deadlines.expect(future, self._waiting + self._readers.waiting)
+        if not patient:
+            self._deadlines.expect(future, self._waiting + self._readers.waiting)
         return await future
 
     def _from_writer(self, outcomes: Sequence[Outcome]) -> None:
@@ -167,22 +170,22 @@ class SqliteStore:
 
         return await self._read(read)
 
-    async def output(self, output_id: str) -> Output | None:
+    async def output(self, output_id: str, to: Principal) -> Output | None:
         """See `core.outputstore.OutputLog`."""
-        return await self._read(outputs.read_output, output_id)
+        return await self._read(outputs.read_output, output_id, to)
 
     async def keyed_output(self, owner: str, key: str) -> Output | None:
         """See `core.outputstore.OutputLog`."""
         return await self._read(outputs.read_keyed, owner, key)
 
-    async def latest_output(self, filters: LatestOutput) -> Output | None:
+    async def latest_output(self, filters: LatestOutput, to: Principal) -> Output | None:
         """See `core.outputstore.OutputLog`."""
-        return await self._read(outputs.read_latest, filters)
+        return await self._read(outputs.read_latest, filters, to)
 
-    async def outputs(self, filters: ListOutputs, after: int, limit: int) -> Listed:
+    async def outputs(self, filters: ListOutputs, to: Principal, after: int, limit: int) -> Listed:
         """See `core.outputstore.OutputLog`."""
         inline_bytes, page_bytes = self._settings.output_inline_bytes, self._settings.page_bytes
-        return await self._read(outputs.read_outputs, filters, after, limit, inline_bytes, page_bytes)
+        return await self._read(outputs.read_outputs, filters, to, after, limit, inline_bytes, page_bytes)
 
     def page(self, head: Head, start: int, stop: int, entries: int, size: int, done: PageDone) -> None:
         """See `core.ports.PageReader`."""

@@ -3,6 +3,7 @@
 import sqlite3
 
 from carserver.config import Settings
+from carserver.stores.handles import HandleRows
 from carserver.stores.imports import ImportRows
 from carserver.stores.outputs import OutputRows
 from carserver.stores.runrows import RunRows
@@ -14,4 +15,5 @@ class StoredRows:
     def __init__(self, connection: sqlite3.Connection, settings: Settings, runs: RunRows) -> None:
         self.runs = runs
         self.outputs = OutputRows(connection)
+        self.handles = HandleRows(connection)
         self.imports = ImportRows(connection, settings, runs)

@@ -55,7 +55,7 @@ class Outcome(NamedTuple):
     def committed(self) -> Committed | Done:
         """What is published of it."""
         if isinstance(self.job.command, Edit):
-            return Done(self.job.command, cast("Edited", self.result))
+            return Done(self.job.command, cast("Edited", self.result), self.job.by)
         return Committed(self.job.command, cast("Applied", self.result), self.job.by, self.before)
 
 
@@ -246,13 +246,19 @@ class Writer:
         except (sqlite3.IntegrityError, sqlite3.DataError) as error:
             self._runs.forget_moved()
             return _refused_by_storage(error)
-        except sqlite3.Error:
-            raise
+        except Unreadable as error:
+            if not is_damage(error):
+                raise
+            self._runs.forget_moved()
+            return Damaged(f"storage is damaged: {in_words(error)}")  # where it looked: others are not touched
         except Exception as refusal:  # noqa: BLE001 - as above; what it wrote is undone
             self._runs.forget_moved()
             return refusal
         finally:
             self._unchecked_bytes += _ROW_BYTES * (self._changed_rows() - before)
+        for change in edited.applied:
+            if change.applied.head is not change.before:
+                self._runs.changed(change.applied.head, change.before)
         return edited
 
     def _changed_rows(self) -> int:

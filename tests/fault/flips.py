@@ -18,15 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import Raw
 
+from carserver.core.edits import OpenHandle
+from carserver.core.handleedits import Opened as OpenedHandle
 from carserver.core.ports import Place
-from carserver.core.principals import CLIENT
+from carserver.core.principals import CLIENT, HOST
 from carserver.core.prune import Delete
 from carserver.core.runs import Entry, Head
 from carserver.protocol.errors import RpcError
 from carserver.protocol.outputs import ListOutputs
 from carserver.protocol.runs import ListRuns
 from carserver.stores.schema import StorageError
+from tests.unit.handling import close_handle, open_handle, used
 from tests.unit.outputting import Outputs, artifact, final, ids
 from tests.unit.storing import NOW_MS, Opened, create, event, opened, record
 
@@ -42,6 +46,8 @@ class Truth:
     logs: dict[str, list[Entry]] = field(default_factory=dict)
     batches: dict[tuple[str, str], tuple[list[Any], Any]] = field(default_factory=dict)
     outputs: dict[int, bytes] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)  # of tool calls, and the handle that each has made
+    open_handles: set[OpenHandle] = field(default_factory=set)
 
 
 @dataclass
@@ -85,7 +91,7 @@ async def make(path: Path, chance: random.Random) -> Truth:
 
 
 async def fill(store: Opened, chance: random.Random, truth: Truth) -> None:
-    """Runs with logs, texts and batches, some of them over; outputs."""
+    """Runs with logs, texts and batches, some of them over; outputs; handles, some of them open."""
     outputs = Outputs(store, new_id=ids(len(truth.outputs)))
     first = len(truth.heads)
     for number in range(first, first + RUNS):
@@ -105,6 +111,16 @@ async def fill(store: Opened, chance: random.Random, truth: Truth) -> None:
             await store.append(run_id, event(0, type_="agent_end")._replace(text="the end"))
         await outputs.append(final({"n": number, "x": "y" * chance.choice((5, 3000))}), run_id=run_id)
         await outputs.append(artifact(f"name-{number}"), key=f"key-{number}", said=b"digest")
+        if not number % 2:
+            handle, key = f"handle-{number}", f"key of {number}"
+            await store.store.edit(open_handle(handle, run_id, key=used(key, handle)))
+            truth.keys[key] = handle
+            truth.open_handles.add(OpenHandle(handle, run_id, "grep"))
+        if not number % 4:
+            await store.store.edit(open_handle(f"ended-{number}", run_id))
+            await store.store.edit(close_handle(f"ended-{number}", run_id))
+            value = Raw(b'"' + b"z" * chance.choice((5, 9000)) + b'"')
+            await outputs.store.keep_result(CLIENT, f"ended-{number}", "grep", value, run_id)
     await store.submit(create(f"deleted-{first}"))
     await store.append(f"deleted-{first}", event(1, 5000, type_="agent_end")._replace(text=""))
     await store.store.edit(Delete(principal=CLIENT, run_id=f"deleted-{first}", outputs=1_000))
@@ -138,7 +154,7 @@ async def read_outputs(store: Opened) -> dict[int, bytes]:
     found: dict[int, bytes] = {}
     last, more = 0, True
     while more:
-        records, last, more = await store.store.outputs(ListOutputs(), last, 5)
+        records, last, more = await store.store.outputs(ListOutputs(), HOST, last, 5)
         found |= {len(found) + n: record_ for n, record_ in enumerate(records)}
     return found
 
@@ -173,6 +189,27 @@ class Asking:
             self._found.wrong += [
                 f"output {value[:80]!r}" for value in outputs.values() if value not in self._truth.outputs.values()
             ]
+
+        for key, handle in self._truth.keys.items():
+            await self._key(key, handle)
+        opens = set(self._store.store.found_open)
+        self._found.missing += [f"open {row}" for row in self._truth.open_handles - opens]
+        self._found.wrong += [f"open {row}" for row in opens - self._truth.open_handles if row.handle[:5] != "ended"]
+
+    async def _key(self, key: str, handle: str) -> None:
+        """A tool that is called again with its key: it must not run, unless it was said that it may."""
+        try:
+            again = await self._store.store.edit(open_handle("again", key=used(key, "again")))
+        except RpcError as error:
+            self._error(f"key {key}", error)
+            return
+        if again == OpenedHandle(handle, is_new=False):
+            return
+        said = self._found.said
+        told = any("may run twice" in line or "write-ahead log" in line for line in said)
+        # Where nothing is said, it is missing unsaid. By "again", an earlier look has found that it is missing.
+        lost = told or not said if again.is_new else again.handle == "again"
+        (self._found.missing if lost else self._found.wrong).append(f"key {key}: {again}")
 
     async def _run(self, run_id: str) -> None:
         try:

@@ -1,4 +1,4 @@
-"""A database of the version before: it answers as it did and goes on; what cuts its migration off leaves it alone."""
+"""A database of a version before: it answers as it did and goes on; what cuts its migration off leaves it alone."""
 
 import asyncio
 import contextlib
@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
-from carserver.core.principals import agent_token
+from carserver.core.principals import CLIENT, agent_token
+from carserver.protocol.outputs import ListOutputs
 from carserver.stores import schema
 from carserver.stores.inspection import inspect
+from carserver.stores.outputs import read_outputs
 from tests.daemon import Daemon, NotStarted, running
 from tests.fault.audit import read_log
 from tests.fault.processes import environment
@@ -27,18 +29,18 @@ KEYED = ["plain", "tools", "task", "plan", "err", "cancel"]  # the keys of its f
 RUNS = 3_000  # of a larger file, and 10 events each
 
 
-def former(path: Path) -> Path:
-    """A file that the release before made."""
+def former(path: Path, version: int = 1) -> Path:
+    """A file that a release before made."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.write_bytes(gzip.decompress((DATA / "schema-1.db.gz").read_bytes()))
+    path.write_bytes(gzip.decompress((DATA / f"schema-{version}.db.gz").read_bytes()))
     path.chmod(0o600)
     return path
 
 
-def answers() -> list[dict[str, Any]]:
-    """What that release answered of it."""
-    found: list[dict[str, Any]] = json.loads(gzip.decompress((DATA / "schema-1.json.gz").read_bytes()))
-    return found
+def answers(version: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What that release answered of it: runs with their logs, and outputs."""
+    found = json.loads(gzip.decompress((DATA / f"schema-{version}.json.gz").read_bytes()))
+    return (found, []) if version == 1 else (found["runs"], found["outputs"])
 
 
 @contextlib.contextmanager
@@ -48,15 +50,19 @@ def opened(path: Path) -> Iterator[sqlite3.Connection]:
         yield connection
 
 
-def content(path: Path) -> dict[str, list[Any]]:
-    """Every row, as version 1 has it."""
-    tables = {
-        "runs": "no, id, owner, session_id, agent_id, parent_run_id, epoch, key_digest, created_at_ms, status,"
-        " event_count, updated_at_ms, ended_at_ms, last_at_ms, revision, endings",
-        "texts": "no, prompt, outcome_description, metadata, result_text, error, cancel_reason, interrupted_reason",
-        "events": "*",
-        "batches": "no, batch_id, digest, first_sequence, count, status",
-    }
+def content(path: Path, version: int = 1) -> dict[str, list[Any]]:
+    """Every row, as this version has it."""
+    tables = (
+        dict.fromkeys(("runs", "texts", "events", "batches", "outputs"), "*")
+        if version > 1
+        else {
+            "runs": "no, id, owner, session_id, agent_id, parent_run_id, epoch, key_digest, created_at_ms, status,"
+            " event_count, updated_at_ms, ended_at_ms, last_at_ms, revision, endings",
+            "texts": "no, prompt, outcome_description, metadata, result_text, error, cancel_reason, interrupted_reason",
+            "events": "*",
+            "batches": "no, batch_id, digest, first_sequence, count, status",
+        }
+    )
     with opened(path) as connection:
         return {name: connection.execute(f"SELECT {rows} FROM {name}").fetchall() for name, rows in tables.items()}
 
@@ -94,8 +100,8 @@ def large(path: Path) -> Path:
     return path
 
 
-async def as_it_was(host: Peer, expected: list[dict[str, Any]]) -> None:
-    """All of it is answered, as the release before did."""
+async def as_it_was(host: Peer, expected: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+    """All of it is answered, as that release did."""
     listed = (await host.call("runs.list", {"limit": 1000}))["runs"]
     assert {run["id"] for run in listed} == {one["run"]["id"] for one in expected}
     for one in expected:
@@ -103,21 +109,27 @@ async def as_it_was(host: Peer, expected: list[dict[str, Any]]) -> None:
         assert run == one["run"]
         log = await read_log(host, run["id"])
         assert [{name: entry[name] for name in one["events"][0]} for entry in log] == one["events"] or not log
+    assert [record["id"] for record in (await host.call("outputs.list"))["outputs"]] == [one["id"] for one in outputs]
+    for one in outputs:
+        assert await host.call("outputs.get", {"id": one["id"]}) == one
 
 
-async def test_a_file_of_the_version_before_answers_everything_as_it_did_and_work_goes_on_with_its_runs(
-    tmp_path: Path,
+@pytest.mark.parametrize("version", range(1, schema.VERSION))
+async def test_a_file_of_a_version_before_answers_everything_as_it_did_and_work_goes_on_with_its_runs(
+    tmp_path: Path, version: int
 ) -> None:
-    path = former(tmp_path / "state" / "carserver.db")
-    before, expected = content(path), answers()
+    path = former(tmp_path / "state" / "carserver.db", version)
+    before, (expected, outputs) = content(path), answers(version)
     with running(path.parent) as daemon:
         async with peer(daemon, "host-token") as host, peer(daemon) as client:
-            await as_it_was(host, expected)
+            await as_it_was(host, expected, outputs)
             agent = agent_token(daemon.token("agent-key"), "coder")
             async with peer(daemon, agent) as coder:
                 owners = [client, host, coder] * 2
                 for owner, name, one in zip(owners, KEYED, expected[: len(KEYED)], strict=True):
                     await _goes_on(owner, name, one)
+            if version > 1:
+                await _is_appended_once(client, outputs, expected[0]["run"]["id"])
             new = await client.create("new")
             await client.record(new["id"], {"type": "text_delta", "text": "new"}, batch_id="b0")
         daemon.kill()
@@ -140,6 +152,38 @@ async def _goes_on(owner: Peer, name: str, one: dict[str, Any]) -> None:
     assert (again["first_sequence"], again["count"]) == (0, len(events))
     more = await owner.record(run["id"], {"type": "text_delta", "text": "more"}, batch_id="b1")
     assert more["first_sequence"] == len(events)
+
+
+async def _is_appended_once(client: Peer, outputs: list[dict[str, Any]], run_id: str) -> None:
+    """The same key is the same output."""
+    params = {"task_id": "u", "attempt": 2, "producer_agent": "a", "parent_refs": [], "run_id": run_id}
+    event = {"type": "final", "content": {"kind": "inline", "value": None}, "ok": True}
+    again = await client.call("outputs.append", {**params, "event": event, "idempotency_key": "o0"})
+    assert again["id"] == next(one["id"] for one in outputs if one["event"] == event)
+
+
+def test_no_row_of_version_2_changes_and_its_outputs_are_everyones(tmp_path: Path) -> None:
+    path = former(tmp_path / "carserver.db", 2)
+    before = content(path, 2)
+    assert len(before["outputs"]) == 5
+    inspect(path, 0, thorough=True)
+    schema.open_writer(path, synchronous="FULL").close()
+    assert content(path, 2) == before
+    inspect(path, 0, thorough=True)
+    with opened(path) as connection:
+        found = read_outputs(connection, ListOutputs(), CLIENT, 0, 10, 4096, 2**20)
+    assert [json.loads(record) | {"event": ...} for record in found.records] == [
+        record | {"event": ...} for record in answers(2)[1]
+    ]
+
+
+def test_a_row_of_version_2_that_changed_is_seen_before_anything_is_written(tmp_path: Path) -> None:
+    path = former(tmp_path / "carserver.db", 2)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("UPDATE batches SET count = count + 1 WHERE no = 2")
+    with pytest.raises(schema.DamagedFile, match="a row of 'batches', at 2, is not what was stored"):
+        inspect(path, 2**30, thorough=False)
+    assert version(path) == 2
 
 
 def test_every_row_is_there_after_a_migration_byte_for_byte_and_every_checksum_holds(tmp_path: Path) -> None:
@@ -167,12 +211,15 @@ def test_what_stands_in_the_write_ahead_log_of_the_version_before_is_migrated_to
     inspect(path, 0, thorough=True)
 
 
-def test_a_migration_whose_statement_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = former(tmp_path / "carserver.db")
+@pytest.mark.parametrize("of", range(1, schema.VERSION))
+def test_a_migration_whose_statement_fails_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of: int
+) -> None:
+    path = former(tmp_path / "carserver.db", of)
     before = path.read_bytes()
-    first, second = schema._MIGRATIONS
+    *earlier, last = schema._MIGRATIONS
     with monkeypatch.context() as patched:
-        patched.setattr(schema, "_MIGRATIONS", (first, f"{second}; INSERT INTO runs (no) VALUES (1)"))
+        patched.setattr(schema, "_MIGRATIONS", (*earlier, f"{last}; INSERT INTO runs (no) VALUES (1)"))
         with pytest.raises(schema.StorageError, match=f"cannot open {path}"):
             schema.open_writer(path, synchronous="FULL")
     assert path.read_bytes() == before

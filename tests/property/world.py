@@ -53,9 +53,13 @@ class Clock:
     def monotonic(self) -> float:
         return self.ms / 1000
 
-    def call_later(self, delay_s: float, callback: Callable[[], None]) -> None:
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> "Clock":
         if delay_s == self._retry_s:
             self.retries.append(callback)
+        return self
+
+    def cancel(self) -> None:
+        raise AssertionError("none of these timers is ever cancelled")
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         raise AssertionError("nothing of the daemon's own has a reason to run")
@@ -105,10 +109,10 @@ class FakeLog:
     async def head(self, run_id: str) -> Head | None:
         return await HeadRead(run_id)
 
-    async def submit(self, command: Command, by: Attendant | None) -> Any:
+    async def submit(self, command: Command, by: Attendant | None, *, patient: bool = False) -> Any:
         raise AssertionError("commands are committed by the world")
 
-    async def edit(self, edit: Edit) -> Any:
+    async def edit(self, edit: Edit, by: Attendant | None = None, *, patient: bool = False) -> Any:
         raise AssertionError("not part of this world")
 
     async def scan(self, head: Head, start: int, stop: int, limit: int, types: Sequence[str] | None) -> Scan:

@@ -53,7 +53,7 @@ class Outputs:
     ) -> None:
         self.settings = Settings(**settings)
         self.counters = Counters()
-        self.store = OutputStore(store.store, files, new_id or ids(), self.settings, self.counters)
+        self.store = OutputStore(store.store, files, new_id or ids(), lambda: NOW_MS, self.settings, self.counters)
 
     async def append(
         self,

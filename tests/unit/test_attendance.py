@@ -270,3 +270,24 @@ def test_nothing_is_kept_of_runs_that_are_over_and_of_peers_that_went(watch: Wat
     watch.attendance.arrived("run-0")
     kept = (watch.attendance._runs, watch.attendance._attended, watch.attendance._graces, watch.attendance._arriving)
     assert [len(held) for held in kept] == [0, 0, 0, 0]
+
+
+def test_whoever_polls_for_a_live_run_attends_it_and_of_one_that_is_over_nothing_is_kept(watch: Watch) -> None:
+    peer = Peer()
+    watch.attendance.attend("run", peer)
+    assert not watch.attendance.is_live("run")
+    watch.changed()
+    assert watch.attendance.is_live("run")
+    watch.time.passes(GRACE_S - 1)
+    watch.attendance.attend("run", peer)
+    watch.time.passes(10 * GRACE_S)
+    assert watch.interrupted == []
+    watch.leaves(peer)
+    watch.attendance.attend("run", peer)
+    assert watch.attendance.attendants("run") == [], "it has ended"
+    watch.time.passes(GRACE_S)
+    assert watch.interrupted == [("run", 1, OWNER_GONE)]
+    watch.changed(live=False)
+    watch.attendance.attend("run", Peer())
+    assert not watch.attendance.is_live("run")
+    assert watch.attendance._attended == {}

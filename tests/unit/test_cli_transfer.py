@@ -37,6 +37,24 @@ def test_the_longest_log_that_is_taken_has_room_in_storage() -> None:
     assert LOG_EVENTS == 1 << SEQUENCE_BITS
 
 
+# Outputs.
+
+
+def test_large_outputs_are_fetched_as_many_at_a_time_as_there_is_room_for() -> None:
+    mib = 1024 * 1024
+    sizes = [0] * 20 + [9 * mib, 9 * mib, 7 * mib, 20 * mib, 1, 0]
+    outputs = [
+        Raw(
+            msgspec.json.encode({"id": f"o{n}", "event": {"content": {"kind": "i", "omitted": size > 0, "size": size}}})
+        )
+        for n, size in enumerate(sizes)
+    ]
+    few = list(exporter._few_at_a_time(outputs))
+    assert [len(group) for group in few] == [16, 5, 2, 1, 2]
+    assert [listed.raw for group in few for listed in group] == outputs
+    assert list(exporter._few_at_a_time([])) == []
+
+
 # The lines of a run.
 
 

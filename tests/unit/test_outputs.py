@@ -14,8 +14,8 @@ from msgspec import Raw
 from carserver.config import Settings
 from carserver.core.outputs import MORE, Body, bytes_of, slice_of, take_in
 from carserver.core.ports import Damaged
-from carserver.core.principals import HOST, Principal
-from carserver.daemon import new_output_id
+from carserver.core.principals import CLIENT, HOST, Principal
+from carserver.loop import new_output_id
 from carserver.protocol.codec import encode
 from carserver.protocol.errors import ErrorKind, RpcError
 from carserver.protocol.outputs import GivenFinal, GivenInline, LatestOutput, ListOutputs
@@ -32,7 +32,7 @@ def path(tmp_path: Path) -> Path:
 
 async def listed(outputs: Outputs, after: int = 0, limit: int = 1000, **filters: Any) -> list[dict[str, Any]]:
     """A page, parsed."""
-    found = await outputs.store.list(ListOutputs(**filters), after, limit)
+    found = await outputs.store.list(ListOutputs(**filters), CLIENT, after, limit)
     return [json.loads(record) for record in found.records]
 
 
@@ -52,7 +52,7 @@ async def test_append_then_get_roundtrip(path: Path) -> None:
     async with opened(path) as store:
         outputs = Outputs(store)
         id_ = await outputs.append(final("hello"), task="task-1", by="agent-a")
-        got = (await outputs.store.get(id_)).record
+        got = (await outputs.store.get(id_, CLIENT)).record
         assert json.loads(encode(got)) == {
             "id": id_,
             "task_id": "task-1",
@@ -84,19 +84,19 @@ async def test_get_latest_by_name_returns_the_newest_emit(path: Path) -> None:
         await outputs.append(progress("first"), by="agent-a")
         id2 = await outputs.append(progress("second"), task="t2", by="agent-a")
         await outputs.append(progress("other"), by="agent-b")
-        got = await outputs.store.latest(LatestOutput(name="agent-a"))
+        got = await outputs.store.latest(LatestOutput(name="agent-a"), CLIENT)
         assert (got.id, got.task_id) == (id2, "t2")
 
 
 async def test_get_latest_by_name_of_an_unknown_name_is_not_found(path: Path) -> None:
     async with opened(path) as store:
-        error = await refused(Outputs(store).store.latest(LatestOutput(name="nobody")))
+        error = await refused(Outputs(store).store.latest(LatestOutput(name="nobody"), CLIENT))
         assert (error.kind, error.data["what"]) == (ErrorKind.NOT_FOUND, "output")
 
 
 async def test_get_of_what_is_missing_is_not_found(path: Path) -> None:
     async with opened(path) as store:
-        error = await refused(Outputs(store).store.get("missing"))
+        error = await refused(Outputs(store).store.get("missing", CLIENT))
         assert (error.kind, error.data["what"]) == (ErrorKind.NOT_FOUND, "output")
 
 
@@ -105,7 +105,7 @@ async def test_parent_refs_are_persisted(path: Path) -> None:
         outputs = Outputs(store)
         parents = (await outputs.append(progress("a")), await outputs.append(final(None)))
         id_ = await outputs.append(final(None), parents=(*parents, parents[0]))
-        assert (await outputs.store.get(id_)).record.parent_refs == [*parents, parents[0]]
+        assert (await outputs.store.get(id_, CLIENT)).record.parent_refs == [*parents, parents[0]]
 
 
 # Appending.
@@ -208,7 +208,7 @@ async def test_the_latest_is_of_a_producer_or_of_an_artifact_within_task_and_att
                             made[task, attempt, by, name] = id_
 
         async def latest(**filters: Any) -> str:
-            return (await outputs.store.latest(LatestOutput(**filters))).id
+            return (await outputs.store.latest(LatestOutput(**filters), CLIENT)).id
 
         assert await latest(name="a") == made["t2", 2, "a", "y"]
         assert await latest(name="a", task_id="t1") == made["t1", 2, "a", "y"]
@@ -224,7 +224,7 @@ async def test_pages_follow_each_other_without_gap_or_repeat_whatever_is_removed
     async with opened(path) as store:
         outputs = Outputs(store)
         made = [await outputs.append(progress("s"), attempt=n % 2) for n in range(20)]
-        first = await outputs.store.list(ListOutputs(task_id="t", attempt=0), 0, 9)
+        first = await outputs.store.list(ListOutputs(task_id="t", attempt=0), CLIENT, 0, 9)
         assert ([json.loads(record)["id"] for record in first.records], first.more) == (made[0:18:2], True)
         with other_connection(path) as connection:
             connection.execute("DELETE FROM outputs WHERE no <= 4 OR no >= 17")
@@ -243,7 +243,7 @@ async def test_a_page_ends_by_number_or_by_size_and_has_at_least_one(path: Path)
         pages = []
         after, more = 0, True
         while more:
-            records, after, more = await outputs.store.list(ListOutputs(), after, 3)
+            records, after, more = await outputs.store.list(ListOutputs(), CLIENT, after, 3)
             pages.append([len(json.loads(record)["event"]["content"]["value"]) for record in records])
         assert pages == [[4_000], [1_000, 1_000, 0], [0]]
 
@@ -258,7 +258,9 @@ async def test_a_list_leaves_large_values_out_and_says_their_size(path: Path) ->
         assert found[0]["event"] == final("é" * 2_048)
         assert found[1]["event"]["content"] == {"kind": "inline", "omitted": True, "size": 4_097}
         assert found[2]["event"]["chunk"] == {"kind": "inline", "omitted": True, "size": 4_097}
-        assert json.loads(encode((await outputs.store.get(found[1]["id"])).record))["event"] == final("é" * 2_048 + "e")
+        assert json.loads(encode((await outputs.store.get(found[1]["id"], CLIENT)).record))["event"] == final(
+            "é" * 2_048 + "e"
+        )
 
 
 def test_a_value_keeps_its_literals_and_loses_its_spaces() -> None:
@@ -276,10 +278,10 @@ async def test_what_is_read_of_inline_content_is_the_string_or_the_compact_json(
             ({"a": [1, "ü"]}, '{"a":[1,"ü"]}'),
             (None, "null"),
         ):
-            part = await outputs.store.read(await outputs.append(final(value)), 0, 100)
+            part = await outputs.store.read(await outputs.append(final(value)), CLIENT, 0, 100)
             size = len(content.encode())
             assert (part.data, part.encoding, part.size, part.eof) == (content, "utf8", size, True)
-        error = await refused(outputs.store.read(await outputs.append(progress("s")), 0, 1))
+        error = await refused(outputs.store.read(await outputs.append(progress("s")), CLIENT, 0, 1))
         assert (error.kind, error.data["path"]) == (ErrorKind.INVALID_PARAMS, "id")
 
 
@@ -287,9 +289,9 @@ async def test_an_offset_at_the_end_is_the_end_and_one_behind_it_is_refused(path
     async with opened(path) as store:
         outputs = Outputs(store)
         id_ = await outputs.append(final("abc"))
-        part = await outputs.store.read(id_, 3, 10)
+        part = await outputs.store.read(id_, CLIENT, 3, 10)
         assert (part.data, part.eof) == ("", True)
-        error = await refused(outputs.store.read(id_, 4, 10))
+        error = await refused(outputs.store.read(id_, CLIENT, 4, 10))
         assert (error.kind, error.data["path"]) == (ErrorKind.INVALID_PARAMS, "offset")
 
 
@@ -357,7 +359,8 @@ async def test_a_runs_outputs_go_with_it_and_the_old_ones_without_a_run_by_age(p
         "artifact = 'other'",
         "size = 3",
         "sha256 = NULL",
-        "utf8 = 0",
+        "flags = 0",
+        "flags = 3",
         "run_id = 'other'",
         "value = '\"forged\"'",
         "value = NULL",
@@ -372,9 +375,9 @@ async def test_a_row_that_changed_is_never_served(path: Path, damage: str) -> No
         with other_connection(path) as connection:
             connection.execute(f"UPDATE outputs SET {damage}")
         for awaitable in (
-            outputs.store.get(id_),
-            outputs.store.read(id_, 0, 9),
-            outputs.store.list(ListOutputs(), 0, 9),
+            outputs.store.get(id_, CLIENT),
+            outputs.store.read(id_, CLIENT, 0, 9),
+            outputs.store.list(ListOutputs(), CLIENT, 0, 9),
         ):
             with pytest.raises(Damaged, match="damaged"):
                 await awaitable
@@ -389,14 +392,14 @@ def test_no_statement_scans_or_sorts_the_outputs(path: Path) -> None:
     statements: list[str] = []
     connection.set_trace_callback(statements.append)
     stored.get("x")
-    stored.exists("x")
+    stored.exists("x", CLIENT)
     stored.keyed("x", "y")
     stored.remove_of_run("x", 2)
     stored.remove_old(1, 2)
     for within in ({}, {"task_id": "x"}, {"task_id": "x", "attempt": 1}):
-        rows.read_latest(connection, LatestOutput(name="x", **within))
-        rows.read_latest(connection, LatestOutput(artifact="x", **within))
-        rows.read_outputs(connection, ListOutputs(**within), 5, 10, 4096, 2**20)
+        rows.read_latest(connection, LatestOutput(name="x", **within), CLIENT)
+        rows.read_latest(connection, LatestOutput(artifact="x", **within), CLIENT)
+        rows.read_outputs(connection, ListOutputs(**within), CLIENT, 5, 10, 4096, 2**20)
     connection.set_trace_callback(None)
     assert len(statements) > 12
     for statement in statements:

@@ -33,9 +33,13 @@ class Clock:
     def monotonic(self) -> float:
         return self.monotonic_s
 
-    def call_later(self, delay_s: float, callback: Callable[[], None]) -> None:
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> "Clock":
         assert self.timer is None
         self.timer = (delay_s, callback)
+        return self
+
+    def cancel(self) -> None:
+        self.timer = None
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         asyncio.run(work)

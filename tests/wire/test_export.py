@@ -76,6 +76,10 @@ async def fill(daemon: Daemon, root: Path) -> None:
             )
         progress = {"type": "progress", "stage": "s", "note": "n"}
         await agent.call("outputs.append", {"task_id": "t", "attempt": 2, "producer_agent": "p", "event": progress})
+        final = {"type": "final", "content": {"kind": "inline", "value": "private" * 5_000}, "ok": True}
+        record = {"id": "out-0123456789", "task_id": "0" * 32, "attempt": 0, "producer_agent": "tool:t"}
+        line = {"output": record | {"event": final, "parent_refs": [], "created_at_ms": 1, "private": True}}
+        await host.call("runs.import", {"lines": [line]})
         (root / "changes").write_text("changed")
 
 
@@ -122,13 +126,14 @@ async def test_there_and_back_it_is_equal_to_the_byte_and_the_same_again_is_skip
     assert "27 runs" in told
     assert stat.S_IMODE(first.stat().st_mode) == 0o600
     assert await command(empty, "import", str(first)) == 0
-    assert "27 runs, 5,049 events and 5 outputs imported; 0 were there already" in capfd.readouterr().err
+    assert "27 runs, 5,049 events and 6 outputs imported; 0 were there already" in capfd.readouterr().err
+    assert first.read_bytes().count(b',"private":true},"size":') == 1
     assert await command(empty, "export", str(second)) == 0
     assert first.read_bytes() == second.read_bytes()
     for daemon in (empty, full):
         capfd.readouterr()
         assert await command(daemon, "import", str(first)) == 0
-        assert "0 runs, 0 events and 0 outputs imported; 32 were there already" in capfd.readouterr().err
+        assert "0 runs, 0 events and 0 outputs imported; 33 were there already" in capfd.readouterr().err
     async with peer(empty, "host-token") as host:
         kinds = [line.keys() for line in map(json.loads, first.read_text().splitlines())]
         assert sum("run" in kind for kind in kinds) == len((await host.call("runs.list", {"limit": 100}))["runs"]) == 27

@@ -163,6 +163,47 @@ async def test_outputs_come_in_with_their_ids_and_parents_are_not_looked_for(ser
         assert await imports(host, [*lines, of_run, alone]) == {**NOTHING, "skipped": 3}
 
 
+async def test_the_result_of_a_handle_comes_in_private_and_whole_and_is_the_hosts(served: Daemon) -> None:
+    value = "é" * (7 * 1024 * 1024)
+    content = {"kind": "inline", "value": value}
+    line = output(
+        task_id="0" * 32,
+        producer_agent="tool:" + "x" * 256,
+        parent_refs=[],
+        event={"type": "final", "content": content, "ok": True},
+        private=True,
+    )
+    id_ = line["output"]["id"]
+    ways: list[tuple[str, dict[str, Any]]] = [
+        ("outputs.get", {"id": id_}),
+        ("outputs.read", {"id": id_, "offset": 2, "length": 4}),
+        ("outputs.latest", {"name": line["output"]["producer_agent"]}),
+    ]
+    async with peer(served, "host-token") as host, peer(served) as client:
+        # Not as escapes: it fits a message by its bytes.
+        lines = json.dumps({"lines": [line]}, ensure_ascii=False)
+        answer = await host.raw(f'{{"jsonrpc":"2.0","id":"import","method":"runs.import","params":{lines}}}')
+        assert answer["result"] == NOTHING | {"outputs": 1}
+        got, part, latest = [await host.call(method, params) for method, params in ways]
+        assert got == latest == line["output"]
+        assert (part["data"], part["size"], part["eof"]) == ("éé", 2 * len(value), False)
+        page = await host.call("outputs.list", {"task_id": "0" * 32})
+        assert page["outputs"] == [got | {"event": got["event"] | {"content": page["outputs"][0]["event"]["content"]}}]
+        assert page["outputs"][0]["event"]["content"] == {"kind": "inline", "omitted": True, "size": 2 * len(value)}
+        assert (await imports(host, [output(parent_refs=[id_])]))["outputs"] == 1
+        for method, params in ways:
+            with pytest.raises(Refused) as unseen:
+                await client.call(method, params)
+            assert unseen.value.type == "not_found"
+        assert (await client.call("outputs.list", {"task_id": "0" * 32}))["outputs"] == []
+        given = {"task_id": "t", "attempt": 0, "producer_agent": "p", "event": {"type": "progress", "stage": "s"}}
+        with pytest.raises(Refused) as parent:
+            await client.call("outputs.append", given | {"parent_refs": [id_]})
+        assert parent.value.type == "not_found"
+        appended = await client.call("outputs.append", given | {"private": True})
+        assert "private" not in await host.call("outputs.get", appended), "there is no such param: it is everyone's"
+
+
 async def test_a_file_is_read_where_its_digest_agrees_and_changed_where_not(start: StartDaemon, tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()
