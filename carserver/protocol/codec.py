@@ -22,7 +22,7 @@ encode = _encoder.encode
 _PLACE = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>.*)`)?$", re.DOTALL)
 # The last may have no end: it is not sought again. Nothing is tried twice, so nothing of it is remembered: 16 MiB of
 # escapes would take a gigabyte.
-_STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _BETWEEN_TOKENS = re.compile(rb"[\n\r\t]")  # raw control characters cannot stand inside a JSON string
 
 
@@ -34,7 +34,7 @@ def parse(message: bytes, nesting: int, brackets: int) -> Any:
             deeper than `nesting`.
     """
     opening = message.count(b"{") + message.count(b"[")
-    if opening > brackets and (opening := _opening(_STRINGS.sub(b"", message))) > brackets:
+    if opening > brackets and (opening := _opening(STRINGS.sub(b"", message))) > brackets:
         raise limit_exceeded("brackets", opening, brackets, "message")
     try:
         value = orjson.loads(message)

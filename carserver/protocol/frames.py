@@ -8,7 +8,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from carserver.protocol.codec import encode
+from carserver.protocol.codec import encode, too_deep
 from carserver.protocol.errors import ErrorKind, RpcError
 
 ID_INTEGER_MAXIMUM = 2**53  # the integers that every JSON reader keeps exactly
@@ -103,9 +103,52 @@ def read_request(value: dict[str, Any], id_chars: int) -> tuple[bytes | None, st
     return id_, method, params
 
 
-def is_reply(value: dict[str, Any]) -> bool:
-    """Whether a message answers a request of ours; such a one is never itself answered."""
-    return "method" not in value and ("result" in value or "error" in value)
+class _Answers(Struct):
+    id: str
+    method: str | UnsetType = UNSET
+
+
+_answers_decoder = msgspec.json.Decoder(_Answers)
+
+
+def answers(message: bytes) -> str | None:
+    """The id that a message answers which is not to be read as a whole; None where it is no answer, or none is seen."""
+    try:
+        found = _answers_decoder.decode(message)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return found.id if found.method is UNSET else None
+
+
+class _Reply(Struct):
+    result: Raw
+
+
+_reply_decoder = msgspec.json.Decoder(_Reply)
+
+
+def read_reply(value: dict[str, Any], message: bytes | Raw, nesting: int) -> tuple[bytes | None, str | None]:
+    """What a reply to a request of ours says: its result as its own bytes, or the words of its error.
+
+    A reply that is none (JSON-RPC 2.0, section 5) is an error, too, in words that say what is wrong with it. An `error`
+    that is null is as if it were left out: version 1 of the protocol has it so, and there are libraries that mix them.
+
+    Args:
+        value: What came, parsed.
+        message: And its bytes.
+        nesting: Brackets that may be within the result.
+    """
+    error = value.get("error")
+    if ("result" in value) == (error is not None):
+        return None, f"the answer has {'both result and error' if 'result' in value else 'neither result nor error'}"
+    if "result" in value:
+        result = bytes(_reply_decoder.decode(message).result)
+        if too_deep(result, value["result"], nesting):
+            return None, f"the answer's result has brackets that nest deeper than {nesting} (value_nesting)"
+        return result, None
+    if type(error) is not dict or type(error.get("message")) is not str:
+        return None, "the answer's error is no object with a string `message`"
+    return None, error["message"]
 
 
 def result_frame(id_: bytes, result: bytes) -> bytes:
@@ -116,6 +159,11 @@ def result_frame(id_: bytes, result: bytes) -> bytes:
 def error_frame(id_: bytes, error: RpcError) -> bytes:
     """An error reply; `id_` is `null` where the request's could not be read."""
     return b'{"jsonrpc":"2.0","id":%b,"error":%b}' % (id_, encode(error.to_wire()))
+
+
+def request(id_: str, method: str, params: Any) -> bytes:
+    """A request of the daemon's own, to a peer that is to answer it."""
+    return b'{"jsonrpc":"2.0","method":%b,"id":%b,"params":%b}' % (encode(method), encode(id_), encode(params))
 
 
 def notification(method: str, params: Any) -> bytes:

@@ -12,7 +12,7 @@ from msgspec import Raw
 
 from carserver.protocol import codec, frames
 from carserver.protocol.closing import Close
-from carserver.protocol.errors import ErrorKind, RpcError, limit_exceeded, overloaded, unavailable
+from carserver.protocol.errors import ErrorKind, RpcError, limit_exceeded, unavailable
 from carserver.protocol.frames import InvalidRequest
 from carserver.rpc import eager
 from carserver.rpc.method import Encoded, Method, Replied, Table
@@ -66,6 +66,7 @@ class Dispatcher:
             value = codec.parse(message, self._settings.nesting, self._settings.brackets)
         except RpcError as error:
             self._refuse(session, error)
+            self._end_call(session, message, error)
             return
         if type(value) is dict:
             self._call(session, value, message, session)
@@ -83,7 +84,7 @@ class Dispatcher:
         try:
             entry = self._find(session, name)
             arguments = entry.short_arguments(params)
-        except (RpcError, msgspec.DecodeError, UnicodeDecodeError):
+        except (RpcError, msgspec.DecodeError, ValueError):
             return False
         self._counters.requests += 1
         self._run(session, id_, entry, arguments, session)
@@ -93,6 +94,15 @@ class Dispatcher:
         """A message of which no request could be read."""
         self._counters.errors += 1
         session.outbox.send(frames.error_frame(b"null", error))
+
+    def _end_call(self, session: Session, message: bytes, error: RpcError) -> None:
+        """Where what a limit refused is the answer to a request of ours, there comes no other."""
+        hosting = session.hosting
+        if hosting is None or not hosting.asked or error.kind is not ErrorKind.LIMIT_EXCEEDED:
+            return  # what is not JSON says nothing
+        id_ = frames.answers(message)
+        if id_ is not None and hosting.expects(id_):
+            hosting.answered(id_, None, f"the host's answer was refused: {error.message}")
 
     def _batch(self, session: Session, calls: list[Any], message: bytes) -> None:
         if len(calls) > self._settings.batch_calls:
@@ -109,24 +119,35 @@ class Dispatcher:
                 batch.deliver(b"null", frames.error_frame(b"null", error), None)
 
     def _call(self, session: Session, value: dict[str, Any], message: bytes | Raw, to: Receiver) -> None:
-        """One request or notification."""
-        self._counters.requests += 1
+        """One request or notification; or an answer to a request of ours, which is never itself answered."""
         entry: Method | None = None
         id_: bytes | None = None
         try:
+            if "method" not in value and self._take_reply(session, value, message):
+                to.deliver(None, None, None)
+                return
+            self._counters.requests += 1
             id_, name, params = frames.read_request(value, self._settings.id_chars)
             entry = self._find(session, name)
             arguments = entry.arguments(params, message)
         except Exception as error:  # noqa: BLE001 - the one door to the wire
             if isinstance(error, InvalidRequest):
-                if frames.is_reply(value):
-                    self._counters.stray_replies += 1
-                    to.deliver(None, None, None)
-                    return
                 id_ = error.id_
             self._fail(session, id_, self._refusal(session, error, entry), to)
             return
         self._run(session, id_, entry, arguments, to)
+
+    def _take_reply(self, session: Session, value: dict[str, Any], message: bytes | Raw) -> bool:
+        """A message without a method: an answer, to a request of ours or to none; False where it is no answer."""
+        id_ = value.get("id")
+        hosting = session.hosting
+        if hosting is not None and type(id_) is str and hosting.expects(id_):
+            result, error = frames.read_reply(value, message, self._settings.value_nesting)
+            hosting.answered(id_, result, error)
+            return True
+        stray = "result" in value or "error" in value
+        self._counters.stray_replies += stray
+        return stray
 
     def _run(self, session: Session, id_: bytes | None, entry: Method, arguments: Any, to: Receiver) -> None:
         """Runs a method up to its first wait."""
@@ -136,9 +157,9 @@ class Dispatcher:
             self._fail(session, id_, self._refusal(session, error, entry), to)
             return
         if type(result) is eager.Pending:
-            session.begin_request(waits=entry.waits, pages=entry.pages)
+            session.begin_request(waits=result.waits, pages=entry.pages)
             session.transport.spawn(self._finish(session, entry, id_, result, to))
-            if entry.waits:
+            if result.waits:
                 session.transport.give_turn()
         else:
             self._answer(session, entry, id_, result, to)
@@ -154,19 +175,24 @@ class Dispatcher:
             raise RpcError(ErrorKind.METHOD_NOT_FOUND, f"no method {shown}; rpc.discover lists what there is")
         if entry.role == "host" and principal is not None and principal.role != "host":
             raise RpcError(ErrorKind.FORBIDDEN, f"{entry.name} is for the host")
+        self._check_draining(entry)
+        return entry
+
+    def _check_draining(self, entry: Method) -> None:
         if self._daemon.draining and not entry.while_draining:
             raise unavailable("the daemon stops: reconnect later", retry_after_ms=self._settings.retry_after_ms)
-        if entry.waits and session.waiting >= self._settings.waiting:
-            words = f"{session.waiting} requests of this connection wait already (waiting)"
-            raise overloaded(words, self._settings.retry_after_ms)
-        return entry
 
     async def _finish(
         self, session: Session, entry: Method, id_: bytes | None, pending: eager.Pending, to: Receiver
     ) -> None:
         """The rest of a method that waits."""
+        waits = pending.waits
         try:
-            result = await pending.rest()
+            if waits:
+                self._check_draining(entry)  # it begins only now
+            rest = pending.rest()
+            del pending  # and the arguments with it: they may be large, and the method may last
+            result = await rest
         except BaseException as error:
             if session.closed:
                 raise  # it is cancelled with its connection
@@ -174,7 +200,7 @@ class Dispatcher:
         else:
             self._answer(session, entry, id_, result, to)
         finally:
-            session.end_request(waits=entry.waits, pages=entry.pages)
+            session.end_request(waits=waits, pages=entry.pages)
 
     def _answer(self, session: Session, entry: Method, id_: bytes | None, result: Any, to: Receiver) -> None:
         then: Callback | None = None

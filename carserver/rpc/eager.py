@@ -12,9 +12,13 @@ T = TypeVar("T")
 
 
 class Pending(NamedTuple):
-    """Work that waits: awaiting what `rest` makes gives its result. It is made when it is awaited, not before."""
+    """Work that waits: awaiting what `rest` makes gives its result. It is made when it is awaited, not before.
+
+    `waits`: it waits on someone, so it may last.
+    """
 
     rest: Callable[[], Awaitable[Any]]
+    waits: bool = False
 
 
 def start(work: Coroutine[Any, Any, T]) -> T | Pending:

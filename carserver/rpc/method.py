@@ -11,10 +11,11 @@ from types import ModuleType, UnionType
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
+import orjson
 from msgspec import Raw, Struct
 
 from carserver.protocol import codec
-from carserver.protocol.errors import ErrorKind, invalid_params
+from carserver.protocol.errors import ErrorKind, invalid_params, overloaded
 from carserver.protocol.frames import Params, raw_list_decoder, raw_params
 from carserver.protocol.runs import IS_NAME
 from carserver.rpc import eager
@@ -74,7 +75,7 @@ class Method:
     role: Role = "authenticated"
     dialect: str = ""
     errors: frozenset[ErrorKind] = frozenset()
-    waits: bool = False
+    waits: bool | str = False  # a name: of the param that makes it wait where it is not 0
     pages: bool = False
     while_draining: bool = False
     example: Example = _NO_EXAMPLE
@@ -89,23 +90,33 @@ class Method:
         """Calls it, up to its first wait if it is a short one: its result, or an `eager.Pending`.
 
         Raises:
-            RpcError: what the method raises; limit_exceeded or invalid_params for a name.
+            RpcError: what the method raises; limit_exceeded or invalid_params for a name; overloaded.
         """
         for name in self.names:
             if (value := getattr(arguments, name)) is not None:
                 codec.check_name(value, session.services.settings.name_chars, name)
         given = (session,) if self.params is None else (session, arguments)
-        if self.waits and self.is_async:
-            return eager.Pending(lambda: self.call(*given))
+        if self.waits and (self.waits is True or getattr(arguments, self.waits)):
+            settings = session.services.settings
+            if session.waiting >= settings.waiting:
+                words = f"{session.waiting} requests of this connection wait already (waiting)"
+                raise overloaded(words, settings.retry_after_ms)
+            return eager.Pending(lambda: self.call(*given), waits=True)
         result = self.call(*given)
         return eager.start(result) if self.is_async else result
 
     def short_arguments(self, params: Raw) -> Any:
-        """The params, typed, of a request that has none but declared ones.
+        """The params, typed, of a request that has none but declared ones, or whose bytes are kept.
 
         Raises:
-            DecodeError, UnicodeDecodeError: they are to be looked at more closely, by `arguments`.
+            DecodeError, ValueError: they are to be looked at more closely, by `arguments`.
         """
+        if self.decoder is not None:
+            given = bytes(params)  # what is kept of them holds these alone, not all that came with them
+            if given.count(b"{") > _SHORT_OBJECTS:
+                raise ValueError
+            orjson.loads(given)  # nobody else proves the bytes that are kept (`codec`)
+            return self.decoder.decode(given)
         self.strict.decode(params)  # of a type of its own, which must not get out: Structs of two types are never equal
         return None if self.exact is None else self.exact.decode(params)
 
@@ -124,6 +135,8 @@ class Method:
                 raise invalid_params("", f"{self.name} takes none")
             return None
         if self.fields is None:
+            if self.decoder is not None and parsed is not None:
+                return codec.decode(self.decoder, raw_params(message))
             return codec.convert([] if parsed is None else parsed, self.params)
         if type(parsed) is list:
             return self._by_place(parsed, message)
@@ -141,6 +154,7 @@ class Method:
         return codec.decode(self.decoder, codec.encode(values))
 
 
+_SHORT_OBJECTS = 8  # brackets in params that need not be looked at for how deep they nest; arrays: `read_short`
 _NEVER: "msgspec.json.Decoder[Any]" = msgspec.json.Decoder(Literal["never"])
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -152,7 +166,7 @@ def method(
     role: Role = "authenticated",
     dialect: str = "",
     errors: Iterable[ErrorKind] = (),
-    waits: bool = False,
+    waits: bool | str = False,
     pages: bool = False,
     while_draining: bool = False,
     example: Example = _NO_EXAMPLE,
@@ -166,13 +180,15 @@ def method(
         errors: The kinds that it raises itself, beside those that any method may meet.
         waits: It waits on someone (a peer, a tool), so it counts among `waiting`, and reading never pauses for it. It
             runs as a task; what does not wait is run up to its first await by the reader itself, where there is no
-            task: `asyncio.timeout` and `TaskGroup` need one, so a method that begins with them says `waits`.
-        pages: Its answer may be as large as a page: the peer's next request waits until there is room for it.
+            task: `asyncio.timeout` and `TaskGroup` need one, so a method that begins with them says `waits`. The name
+            of a param: it waits where that is not 0, and is a short one where it is.
+        pages: Its answer may be as large as a page: the peer's next request waits until there is room for it, unless
+            this one waits on someone.
         while_draining: It is answered while the daemon drains.
         example: For the documents.
 
     Raises:
-        TypeError: no docstring, or a signature that is not `(session, params) -> result`.
+        TypeError: no docstring, a signature that is not `(session, params) -> result`, or `waits` of what cannot.
     """
 
     def declare(function: F) -> F:
@@ -181,6 +197,9 @@ def method(
         if not documentation:
             raise TypeError(f"method {name!r}: the function {function.__qualname__} has no docstring")
         is_struct = inspect.isclass(params) and issubclass(params, Struct)
+        is_async = inspect.iscoroutinefunction(function)
+        if waits and not (is_async and (waits is True or (is_struct and waits in _field_names(params)))):
+            raise TypeError(f"method {name!r}: waits={waits!r} wants a coroutine function, and a param of that name")
         function.method = Method(  # type: ignore[attr-defined]  # the declaration stays with the function
             name=name,
             call=function,
@@ -197,9 +216,9 @@ def method(
             example=example,
             strict=_NOTHING if params is None else _strict_decoder(params) if is_struct else _NEVER,
             exact=msgspec.json.Decoder(params) if is_struct else None,
-            is_async=inspect.iscoroutinefunction(function),
+            is_async=is_async,
             fields=_field_names(params) if is_struct else None if params is not None else (),
-            decoder=msgspec.json.Decoder(params) if is_struct and _keeps_bytes(params) else None,
+            decoder=msgspec.json.Decoder(params) if _mentions_raw(params) else None,
         )
         return function
 
@@ -223,7 +242,7 @@ def _field_names(params: type[Struct]) -> tuple[str, ...]:
 
 
 def _strict_decoder(params: type[Struct]) -> "msgspec.json.Decoder[Any]":
-    """Decodes what has no undeclared members. Bytes that are kept are not proved by it, so they have the other way."""
+    """Decodes what has no undeclared members; where bytes are kept, which it does not prove, there is another way."""
     if _keeps_bytes(params):
         return _NEVER
     return msgspec.json.Decoder(msgspec.defstruct(params.__name__, [], bases=(params,), forbid_unknown_fields=True))

@@ -1,5 +1,6 @@
 """The OpenRPC 1.3 document of a method table (https://spec.open-rpc.org), generated from what the methods declare."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from msgspec import Raw
 from carserver.protocol.errors import ErrorKind
 from carserver.protocol.runs import RunCancelled, RunChanged, TraceClosed, TraceEvent, WatchReset
 from carserver.protocol.server import Closing, Draining
+from carserver.protocol.tools import CancelExecution, ExecuteTool, ToolStreamEvent
 from carserver.rpc.dispatcher import UNDECLARED
 from carserver.rpc.method import Method, Table
 
@@ -20,20 +22,35 @@ NOTIFICATIONS: Mapping[str, tuple[Any, str]] = {
     "runs.cancelled": (RunCancelled, "A run was cancelled; to the connections that attend it."),
     "runs.changed": (RunChanged, "A run appeared or changed; to who watches. Its newest snapshot by then."),
     "runs.watch.reset": (WatchReset, "Changes were not told, or runs were deleted: list again; to who watches."),
+    "tools.stream.event": (ToolStreamEvent, "The next chunk of a handle, to who subscribed to its stream."),
+    "tools.cancel": (CancelExecution, "A call is to end; to the host that was sent it, which answers it all the same."),
     "server.draining": (Draining, "The daemon stops: the connection is about to be closed with 1012."),
     "server.closing": (Closing, "The last line on a Unix socket or standard output: why the connection ends."),
 }
 """What the daemon sends on its own: the type of its params, and when."""
 
+REQUESTS: Mapping[str, tuple[Any, Any, str]] = {
+    "tools.execute": (
+        ExecuteTool,
+        Raw,
+        "A tool that the peer hosts is to run; the answer is its result, or an error. tools.chunk streams until then.",
+    ),
+}
+"""What the daemon asks of peers: the types of params and result, and when."""
+
 _REF = "#/components/schemas/{name}"
 
 
 def document(table: Table, version: str) -> dict[str, Any]:
-    """The document: every native method, the errors, the schemas of all types, and the notifications."""
+    """The document: every native method, the errors, the schemas of all types, the notifications and the requests."""
     methods = [entry for entry in table.all().values() if not entry.dialect]
     types = [type_ for entry in methods for type_ in (entry.params, entry.result) if type_ is not None]
     types += [params for params, _ in NOTIFICATIONS.values()]
+    types += [type_ for params, result, _ in REQUESTS.values() for type_ in (params, result)]
     schemas, components = msgspec.json.schema_components(types, schema_hook=_schema_hook, ref_template=_REF)
+    for described in components.values():
+        if "description" in described:
+            described["description"] = inspect.cleandoc(described["description"])
     by_type = dict(zip(map(repr, types), schemas, strict=True))
 
     def schema(type_: Any) -> dict[str, Any]:
@@ -52,7 +69,10 @@ def document(table: Table, version: str) -> dict[str, Any]:
             {"name": name, "summary": summary, "params": schema(params)}
             for name, (params, summary) in NOTIFICATIONS.items()
         ],
-        "x-requests": [],
+        "x-requests": [
+            {"name": name, "summary": summary, "params": schema(params), "result": schema(result)}
+            for name, (params, result, summary) in REQUESTS.items()
+        ],
     }
 
 
@@ -83,7 +103,7 @@ def _params(entry: Method, schema: Any, components: Mapping[str, Any]) -> list[d
         return []
     whole = schema(entry.params)
     if entry.fields is None:
-        return [{"name": "values", "description": "the params array itself", "schema": whole}]
+        return [{"name": "values", "description": "the params array itself", "required": False, "schema": whole}]
     name = whole["$ref"].rpartition("/")[2]
     properties, required = components[name]["properties"], components[name].get("required", [])
     # OpenRPC wants what is required first where params may be given by place; the Structs are declared that way.

@@ -57,9 +57,9 @@ def wanted(line: bytes) -> list[list[str]]:
     except NotJson:
         return [["null"]]
     if isinstance(value, list) and value:
-        ids = [id_ for call in value for id_ in due(call)]
+        ids = [id_ for call in value for id_ in due(call, set())]
         return [ids] if ids else []
-    return [[id_] for id_ in due(value)]
+    return [[id_] for id_ in due(value, set())]
 
 
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))

@@ -20,7 +20,9 @@ from carserver.methods.runs import RUN
 from carserver.protocol.errors import ErrorKind
 from carserver.protocol.frames import SHORT_BYTES
 from tests.rig import Rig, rigged
+from tests.unit.hosted import Feed, call
 
+ASKED = ("r0", "r1", "r2")  # requests of the daemon to this peer, open before each message
 EXAMPLES = 300
 ID_MAXIMUM = 2**53
 TYPES = {kind.type: kind.code for kind in ErrorKind}
@@ -45,6 +47,10 @@ CALLS: list[tuple[str, Any]] = [
     ("session.auth", {"host_token": "t"}),
     ("server.ping", {}),
     ("server.status", {}),
+    ("tools.chunk", {"request_id": "r0", "chunk": {"kind": "text", "text": "t"}}),
+    ("tools.chunk", {"request_id": "r1", "chunk": {"kind": "done", "result": {"a": 1.50}}}),
+    ("tools.chunk", ["r2", {"kind": "progress", "fraction": 0.5, "message": "m"}]),
+    ("tools.chunk", {"request_id": "r9", "chunk": {"kind": "data", "data": [None]}}),
     ("subtract", [1, 2]),
     ("sum", [1, 2, 3]),
     ("get_data", []),
@@ -59,6 +65,9 @@ SEEDS: list[Any] = [
     {"jsonrpc": "2.0", "id": None, "method": "sum"},
     {"jsonrpc": "2.0", "id": "1", "result": 1},
     {"jsonrpc": "2.0", "id": 1, "error": {"code": 1, "message": "m"}},
+    {"jsonrpc": "2.0", "id": "r0", "result": {"a": [1.50]}},
+    {"jsonrpc": "2.0", "id": "r1", "error": {"code": 1, "message": "m", "data": [1]}},
+    {"jsonrpc": "2.0", "id": "r2", "result": None},
 ]
 
 seeds = st.one_of(st.sampled_from(SEEDS), st.lists(st.sampled_from(SEEDS), max_size=5))
@@ -66,7 +75,9 @@ scalars = st.one_of(
     st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(allow_nan=False, allow_infinity=False), st.text()
 )
 values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
-known_words = st.sampled_from(sorted({word for _, params in CALLS if isinstance(params, dict) for word in params}))
+known_words = st.sampled_from(
+    sorted({word for _, params in CALLS if isinstance(params, dict) for word in params} | {"id", "result", "error"})
+)
 tokens = st.sampled_from(
     ["[", "]", "{", "}", ",", ":", '"', "\\", r"\ud800", r"\u0000", "NaN", "1e999", "-", "0", "null", "\n", "\ufeff"]
 )
@@ -130,7 +141,8 @@ messages = st.one_of(
 
 @pytest.fixture(scope="module")
 def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Rig, Any]]:
-    with rigged(tmp_path_factory.mktemp("rig"), wrong_token_s=1e-6) as (made, runner):
+    folder = tmp_path_factory.mktemp("rig")
+    with rigged(folder, wrong_token_s=1e-6, kill_after_s=86_400.0) as (made, runner):
         for request in REQUESTS[:3]:
             runner.run(made.receive(json.dumps(request).encode()))
         yield made, runner
@@ -170,13 +182,17 @@ def depth(value: Any) -> int:
     return 0 if inside is None else 1 + max(map(depth, inside), default=0)
 
 
-def due(call: Any) -> list[str]:
-    """The id that a call must be answered to, as JSON; nothing where it wants no answer."""
+def due(call: Any, asked: set[str]) -> list[str]:
+    """The id that a call must be answered to, as JSON; nothing where it wants no answer, or answers what was asked."""
     if not isinstance(call, dict):
         return ["null"]
-    if "method" not in call and ("result" in call or "error" in call):
-        return []  # an answer to what was never asked
     id_ = call.get("id")
+    if "method" not in call:
+        if type(id_) is str and id_ in asked:
+            asked.discard(id_)
+            return []
+        if "result" in call or "error" in call:
+            return []  # an answer to what was never asked
     if not (id_ is None or is_integer_id(id_) or (type(id_) is str and len(id_) <= 128)):
         return ["null"]
     right = call.get("jsonrpc") == "2.0" and type(call.get("method")) is str
@@ -186,6 +202,17 @@ def due(call: Any) -> list[str]:
 
 def is_integer_id(id_: Any) -> bool:
     return type(id_) is int and abs(id_) <= ID_MAXIMUM
+
+
+def ask(one: Rig, feeds: dict[str, Feed]) -> None:
+    """What was answered is asked again."""
+    hosting = one.session.host_tools()
+    for id_ in ASKED:
+        if not hosting.expects(id_):
+            feeds[id_] = Feed()
+            feeds[id_].execution = hosting.start(call(id_), feeds[id_])
+    while one.outbox.size:
+        one.outbox.take(1)
 
 
 def check_reply(reply: Any) -> None:
@@ -206,6 +233,32 @@ def listing(page: bytes) -> bytes:
     return json.dumps({"jsonrpc": "2.0", "id": 1, "method": "runs.list", "params": {"page": page.hex()}}).encode()
 
 
+def kept(value: bytes, method: str = "runs.record") -> bytes:
+    """A short request that has a value whose bytes would be kept."""
+    if method == "runs.record":
+        params = b'{"run_id":"%b","events":[{"type":"x","n":%b}]}' % (RUN.encode(), value)
+    else:
+        params = b'{"request_id":"r0","chunk":{"kind":"data","data":%b}}' % value
+    message = b'{"jsonrpc":"2.0","id":1,"method":"%b","params":%b}' % (method.encode(), params)
+    assert len(message) <= SHORT_BYTES
+    return message
+
+
+UNPROVED = [b"1e999", b"-1e400", b'"\xff"', b'"\xed\xa0\x80"', b"NaN", b"01", b"[1,]", b'"\t"', b"{'a':1}"]
+
+
+@pytest.mark.parametrize("method", ["runs.record", "tools.chunk"])
+@pytest.mark.parametrize("value", UNPROVED)
+def test_bytes_that_are_kept_are_proved_in_a_short_message_too(rig: tuple[Rig, Any], value: bytes, method: str) -> None:
+    one, runner = rig
+    ask(one, {})
+    (frame,) = runner.run(one.receive(kept(b"1.50", method)))
+    assert "result" in json.loads(frame)
+    (frame,) = runner.run(one.receive(kept(value, method)))
+    reply = json.loads(frame)
+    assert (reply["id"], reply["error"]["code"]) == (None, -32700)
+
+
 @settings(
     max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
 )
@@ -215,7 +268,12 @@ def listing(page: bytes) -> bytes:
 @example(message=listing(b'{"created_at_ms":%d,"no":1,"filters":{}}' % 2**70))
 def test_whatever_comes_is_answered_in_json_rpc_as_often_as_due(rig: tuple[Rig, Any], message: bytes) -> None:
     one, runner = rig
+    feeds: dict[str, Feed] = {}
+    one.session.host_tools().close("a new example")
+    one.session.hosting = None
+    ask(one, feeds)
     frames = runner.run(one.receive(message))
+    open_ = {id_ for id_ in ASKED if one.session.host_tools().expects(id_)}
     figures = asdict(one.daemon.counters)
     assert (figures["internal_errors"], figures["undeclared_errors"]) == (0, 0)
     assert (one.session.in_flight, one.session.waiting, one.connection.ended) == (0, 0, None)
@@ -225,9 +283,15 @@ def test_whatever_comes_is_answered_in_json_rpc_as_often_as_due(rig: tuple[Rig, 
         (frame,) = frames
         reply = json.loads(frame)
         assert (reply["id"], reply["error"]["code"]) == (None, -32700)
+        assert open_ == set(ASKED)
         return
     is_batch = isinstance(value, list) and bool(value)
-    wanted = [id_ for call in value for id_ in due(call)] if is_batch else due(value)
+    waiting = set(ASKED)
+    wanted = [id_ for part in value for id_ in due(part, waiting)] if is_batch else due(value, waiting)
+    assert open_ == waiting
+    for id_, feed in feeds.items():
+        assert feed.ends == ([] if id_ in open_ else ["gone"])
+        assert feed.said or id_ in open_, "who is gone has said how it ended"
     assert len(frames) == bool(wanted)
     if not frames:
         return
@@ -258,9 +322,11 @@ short_messages = messages.filter(lambda message: len(message) <= SHORT_BYTES and
 @example(message=b'{"jsonrpc":"2.0","id":1,"method":"server.ping","p\\u0061rams":{"x":1e999},"params":{}}')
 @example(message=b'{"jsonrpc":"2.0","id":1,"method":"runs.list","params":{"limit":%d}}' % (2**64 + 1))
 @example(message=listing(b'{"created_at_ms":1,"no":1,"filters":{}}'))
+@example(message=kept(b'{"":' * 30 + b"1" + b"}" * 30, "tools.chunk"))
 @example(message=b'{"jsonrpc":"2.0","id":1,"method":"sum","params":' + b"[" * 100 + b"]" * 100 + b"}")
 def test_a_short_message_is_answered_as_if_it_were_long(rig: tuple[Rig, Any], message: bytes) -> None:
     one, runner = rig
+    ask(one, {})
     # First as it is, so that what it changes is changed; then twice more, with and without white space behind it.
     runner.run(one.receive(message))
     short, long = (runner.run(one.receive(message + b" " * padding)) for padding in (0, SHORT_BYTES))
