@@ -79,6 +79,33 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     file_threads: Count = 2  # that read whole files, to append them; one more reads slices
     file_queue: Count = 256  # files that wait for these; one more is overloaded
 
+    # Tools.
+    tools: str = ""  # path of the file that declares process tools; empty: there are none
+    tool_bytes: Bytes = 64 * KIB  # one tool's definition
+    tools_bytes: Bytes = 8 * MIB  # and all of them
+    hosted_tools: Count = 1_000  # that one connection hosts
+    handles: Count = 4_096  # live ones of one principal; and requests that one host has not answered
+    handle_chunks: Count = 1_024  # undrained chunks of one handle; then the oldest go
+    handle_bytes: Bytes = 1 * MIB  # and their bytes as JSON, or one larger
+    chunk_bytes: Bytes = 64 * KIB  # longer text is split; a larger chunk of another kind fails its handle
+    result_bytes: Bytes = 15 * MIB  # of a handle; a larger one fails it
+    result_inline_bytes: Bytes = 64 * KIB  # above, a result becomes an output
+    result_preview_chars: Count = 256  # of such a result, told beside the output's id
+    finished_s: Seconds = 900.0  # for which a finished handle is kept
+    finished_handles: Count = 4_096  # of one principal; then the one that was finished first goes
+    finished_bytes: Bytes = 64 * MIB  # and their bytes
+    tool_key_s: Seconds = 86_400.0  # for which an idempotency key of tools.invoke and tools.call is kept
+    kill_after_s: Seconds = 5.0  # from TERM to KILL of a process tool; for a host, to answer what was cancelled
+    unconfirmed_s: Seconds = 2.0  # after KILL; what lives then may go on living
+    settle_s: Seconds = 1.0  # after a command's exit, for what its pipes still hold; then what it left is killed
+    max_output: Bytes = 1024 * MIB  # of a process tool, where the tools file says nothing else; beyond it is stopped
+    processes: Count = 1_024  # process tools at once; each takes four descriptors
+    stream_events: Count = 256  # of the live stream that wait for one connection; then the oldest are skipped
+    stream_bytes: Bytes = 1 * MIB  # and their bytes, or one larger
+    delta_s: Seconds = 0.05  # between two pieces of a handle's output in its run's log
+    delta_bytes: Bytes = 4 * KIB  # such a piece, as UTF-8
+    recorded_bytes: Bytes = 256 * KIB  # of a handle's text in its run's log
+
     # The live trace.
     subscription_events: Count = 1_024  # undelivered live events of one subscription
     subscription_bytes: Bytes = 1 * MIB  # and their bytes, or one larger event; then it catches up from the log

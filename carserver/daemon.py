@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import errno
 import gc
 import importlib
 import logging
@@ -10,14 +9,11 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import sys
 import tempfile
-import time
 import uuid
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from secrets import token_hex
 from types import ModuleType
 from typing import Any
 
@@ -26,19 +22,40 @@ import uvloop
 from carserver import __version__
 from carserver.config import Settings
 from carserver.core.counters import Counters
+from carserver.core.handlestore import HandleStore
 from carserver.core.outputstore import OutputStore
 from carserver.core.principals import Principal, Secrets, principal_of_token
 from carserver.core.prune import Pruner
 from carserver.core.retention import Retention
 from carserver.core.runstore import RunStore
+from carserver.core.toolbox import Toolbox
+from carserver.core.toolrecord import Recorders
+from carserver.core.toolstream import ToolStreams
+from carserver.front.binding import LOOPBACK_OF, CannotListen, bind, url_of
 from carserver.front.front import Entrances, Front
 from carserver.front.handshake import Policy, policy_of
 from carserver.front.notify import READY, STOPPING, notify
 from carserver.front.pages import Pages
 from carserver.front.stdio import Stdio
 from carserver.front.unix import UnixError, listen
+from carserver.gauges import Gauges, Measured, gauges
 from carserver.hooks import InstalledHooks
-from carserver.methods import outputs, runs, server, session, trace, transfer, watch
+from carserver.hosts.process import Processes, ProcessTool
+from carserver.hosts.toolsfile import Declared, ToolsFileError, read_tools
+from carserver.loop import LoopClock, LoopSignal, new_handle, new_output_id
+from carserver.methods import (
+    hosting,
+    outputs,
+    runs,
+    server,
+    session,
+    toolbox,
+    tools,
+    toolstream,
+    trace,
+    transfer,
+    watch,
+)
 from carserver.protocol.codec import encode
 from carserver.protocol.server import BackedUp, Counts, OutboxDepths, ServerStatus
 from carserver.rpc.dispatcher import Dispatcher
@@ -52,14 +69,16 @@ from carserver.stores.sqlite import SqliteStore
 
 log = logging.getLogger("carserver")
 
-METHOD_MODULES: tuple[ModuleType, ...] = (session, runs, outputs, trace, watch, transfer, server)
+METHOD_MODULES: tuple[ModuleType, ...] = (
+    *(session, runs, trace, watch, toolbox, tools, toolstream, hosting),
+    *(outputs, transfer, server),
+)
 DATABASE = "carserver.db"
+_TOOL_DESCRIPTORS = 4  # two pipes, a control socket, and one on its way
 _OTHER_DESCRIPTORS = 64  # files, pipes and what libraries open
 _POLL_S = 0.02  # between two looks at what the drain waits for
 _GC_THRESHOLDS = (50_000, 20, 50)  # a large message makes that many objects, none of them garbage
 _LAST_SHARE = 1 / 8  # of the drain's time: for storage to close, when peers that do not read took all the rest
-# "Every address" is no name of a Host: the commands of this machine, who read endpoint.json, would be refused for it.
-_LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - it is listened on where an operator says so
 _HEARTBEAT_S = 0.25  # between two looks at how late the loop is
 
 
@@ -76,40 +95,55 @@ def run(settings: Settings) -> int:
         FolderError: the state folder is held by another daemon, or is not fit to be used.
     """
     stdio = _stdio() if settings.stdio else None  # before anything else might print, or read
-    _raise_descriptor_limit(settings)
+    descriptors = _raise_descriptor_limit(settings)
     folder = StateFolder(Path(settings.state_dir) if settings.state_dir else default_state_dir())
     folder.lock()
     folder.remove_endpoint()  # of a daemon that was killed: somebody else may listen there by now
     try:
         with _database_folder(settings, folder) as database_folder:
             table = _table(settings)
+            tools_ = _tools(settings)
             with _entrances(settings, stdio) as entrances:
                 secrets = folder.secrets(settings)
                 with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                    return runner.run(_serve(settings, folder, secrets, database_folder, table, entrances))
+                    return runner.run(
+                        _serve(settings, folder, secrets, database_folder, table, entrances, tools_, descriptors)
+                    )
     finally:
         folder.unlock()
 
 
-def _raise_descriptor_limit(settings: Settings) -> None:
-    """The usual limit of 1,024 descriptors is not enough for `connections`; most systems let a process ask for more."""
+def _raise_descriptor_limit(settings: Settings) -> int:
+    """The usual limit of 1,024 descriptors is not enough for `connections`; most systems let a process ask for more.
+
+    Returns what it was: programs that are started have that.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = settings.connections + _OTHER_DESCRIPTORS
+    wanted = settings.connections + settings.processes * _TOOL_DESCRIPTORS + _OTHER_DESCRIPTORS
     if soft != resource.RLIM_INFINITY and soft < wanted:
         allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
         if allowed < wanted:
-            log.warning("only %d descriptors are allowed (ulimit -n): fewer than %d connections", allowed, wanted)
+            log.warning("only %d descriptors are allowed (ulimit -n): fewer connections and tools than set", allowed)
+    return soft
 
 
 async def _serve(
-    settings: Settings, folder: StateFolder, secrets: Secrets, database_folder: Path, table: Table, entrances: Entrances
+    settings: Settings,
+    folder: StateFolder,
+    secrets: Secrets,
+    database_folder: Path,
+    table: Table,
+    entrances: Entrances,
+    tools_: Sequence[Declared],
+    descriptors: int,
 ) -> int:
     authority = Authority(secrets)
     try:
         policy = policy_of(settings, authority.principal_of)
         file_root = _file_root(settings, folder.path, database_folder)
-        daemon = Daemon(settings, authority, policy, database_folder / DATABASE, table, file_root)
+        database = database_folder / DATABASE
+        daemon = Daemon(settings, authority, policy, database, table, file_root, tools_, descriptors)
     except (StorageError, FileRootError, ValueError) as error:
         raise StartError(str(error)) from None
     return await daemon.serve(entrances, folder)
@@ -152,6 +186,15 @@ def _table(settings: Settings) -> Table:
         raise StartError(f"--methods: {error}") from error
 
 
+def _tools(settings: Settings) -> list[Declared]:
+    if not settings.tools:
+        return []
+    try:
+        return read_tools(Path(settings.tools).expanduser(), settings)
+    except ToolsFileError as error:
+        raise StartError(f"--tools: {error}") from None
+
+
 def _stdio() -> Stdio:
     try:
         return Stdio()
@@ -164,65 +207,13 @@ def _entrances(settings: Settings, stdio: Stdio | None) -> Iterator[Entrances]:
     """Where peers come in. The file of the Unix socket is gone afterwards."""
     with contextlib.ExitStack() as stack:
         unix = None
-        if settings.unix:
-            try:
+        try:
+            if settings.unix:
                 unix = stack.enter_context(listen(Path(settings.unix).expanduser(), settings.backlog))
-            except UnixError as error:
-                raise StartError(str(error)) from None
-        yield Entrances(_bind(settings), unix, stdio)
-
-
-def _bind(settings: Settings) -> socket.socket:
-    """The listening socket. Its send buffer is inherited: a stalled peer shows itself after that, not megabytes on."""
-    family, _, _, _, address = _resolve(settings)
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, settings.send_buffer_bytes)
-        sock.bind(address)
-        # At once: SO_REUSEADDR lets a second daemon bind as long as the first does not listen.
-        sock.listen(settings.backlog)
-    except OSError as error:
-        sock.close()
-        hint = "; is another daemon there? choose another --port" if error.errno == errno.EADDRINUSE else ""
-        raise StartError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}{hint}") from None
-    return sock
-
-
-def _resolve(settings: Settings) -> tuple[Any, ...]:
-    try:
-        return socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except socket.gaierror as error:
-        raise StartError(f"--host {settings.host!r}: {error.strerror}") from None
-
-
-def _url(host: str, port: int) -> str:
-    return f"ws://[{host}]:{port}" if ":" in host else f"ws://{host}:{port}"
-
-
-class LoopClock:
-    """Time and timers of the running loop; implements `core.runstore.Clock`."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self.monotonic = self._loop.time
-        self.call_later: Callable[[float, Callable[[], None]], object] = self._loop.call_later
-
-    def now_ms(self) -> int:
-        """Milliseconds since 1970."""
-        return time.time_ns() // 1_000_000
-
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Runs work of the daemon's own."""
-        task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-
-def new_output_id() -> str:
-    """A random name for an output."""
-    return f"out-{token_hex(5)}"
+            tcp = bind(settings)
+        except (UnixError, CannotListen) as error:
+            raise StartError(str(error)) from None
+        yield Entrances(tcp, unix, stdio)
 
 
 class Authority:
@@ -247,6 +238,8 @@ class Daemon:
         database: Path,
         table: Table,
         file_root: FileRoot | None = None,
+        tools_: Sequence[Declared] = (),
+        descriptors: int = 1024,
     ) -> None:
         self._settings = settings
         self._table = table
@@ -265,13 +258,36 @@ class Daemon:
         self.runs = RunStore(self.store, self.clock, settings, self.counters, self.hooks)
         self.store.on_commit(self.runs.committed)
         self.files = None if file_root is None else FilePool(file_root, settings, self.counters)
-        outputs_ = OutputStore(self.store, self.files, new_output_id, settings, self.counters)
+        outputs_ = OutputStore(self.store, self.files, new_output_id, self.clock.now_ms, settings, self.counters)
         pruner = Pruner(self.store, settings, self.counters, lambda: self.draining)
         self.retention = Retention(pruner, self.clock, settings, self.counters)
+        self.processes = Processes(settings, self.counters, os.environ, descriptors)
+        toolbox_ = Toolbox(settings)
+        for declared in tools_:
+            host = ProcessTool(declared.spec, self.processes)
+            toolbox_.declare(declared.definition, host, declared.spec.timeout_ms)
+        self._has_processes = bool(tools_)
+        streams = ToolStreams(self.clock.call_later, settings, self.counters)
+        self.recorders = Recorders(self.store, self.clock, settings, self.counters)
+        self.tools = HandleStore(
+            self.runs,
+            outputs_,
+            toolbox_,
+            self.recorders,
+            streams,
+            self.clock,
+            settings,
+            self.counters,
+            new_handle,
+            LoopSignal,
+            self.hooks,
+        )
         services = Services(
             runs=self.runs,
             outputs=outputs_,
             pruner=pruner,
+            tools=self.tools,
+            toolbox=toolbox_,
             daemon=self,
             authority=authority,
             clock=self.clock,
@@ -280,6 +296,17 @@ class Daemon:
         )
         pages = Pages(self._problem, self._metrics, self.discover)
         self.front = Front(services, Dispatcher(table, services), policy, pages.answer)
+        self._measured = Measured(
+            self.front,
+            self.runs,
+            toolbox_,
+            self.tools,
+            self.recorders,
+            self.processes,
+            self.files,
+            self.hooks,
+            self.store,
+        )
 
     async def serve(self, entrances: Entrances, folder: StateFolder) -> int:
         """Listens, says so, and works until a signal, or the end of standard input; the exit code."""
@@ -289,9 +316,10 @@ class Daemon:
             loop.add_signal_handler(number, self._signalled)
         await self.front.listen(entrances, self._parent_has_ended)
         self.runs.found_live(self.store.found_live, self.store.old_boot_id or "unknown")
+        self.recorders.finish_open(self.store.found_open, "the daemon was restarted while the tool ran")
         host, port = entrances.tcp.getsockname()[:2]
-        url = _url(host, port)
-        self._tell_endpoint(folder, _url(_LOOPBACK_OF.get(host, host), port))
+        url = url_of(host, port)
+        self._tell_endpoint(folder, url_of(LOOPBACK_OF.get(host, host), port))
         self.retention.start()
         self._beat()
         gc.collect()
@@ -303,12 +331,21 @@ class Daemon:
         announced.flush()
         notify(READY, f"listening on {url}")
         self.hooks.start()
+        if self._has_processes:
+            self._start_keeper()
         await self._stopping.wait()
         try:
             await self._drain(folder)
         finally:
             folder.remove_endpoint()
         return self._exit_code
+
+    def _start_keeper(self) -> None:
+        """Early, so that the first tool need not wait for it."""
+        try:
+            self.processes.start()
+        except OSError as error:
+            log.warning("the keeper of process tools cannot be started (%s); a tool tries it again", error.strerror)
 
     def _tell_endpoint(self, folder: StateFolder, url: str, *, again: bool = False) -> None:
         """Tells the commands where this daemon listens; on a full disk, as soon as there is room."""
@@ -356,12 +393,16 @@ class Daemon:
         self.front.stop_listening()
         self.front.announce_drain()
         self.store.give_up_backup("the daemon drains")
-        # Half of the time is for the requests, the other half for the peers to take their answers.
-        await self._until(lambda: not self.front.in_flight(), deadline - self._settings.drain_s / 2)
+        self.tools.cancel_all(None, "the daemon stops")
+        # Half of the time is for the requests, and for hosts to confirm; the rest for the peers to take their answers.
+        front, half = self.front, deadline - self._settings.drain_s / 2
+        await self._until(lambda: not front.in_flight() and not front.asked_of_hosts(), half)
         self.front.close_all()
         last_s = self._settings.drain_s * _LAST_SHARE
         await self._until(lambda: self.front.all_gone, deadline - last_s)
         self.front.abort_all()
+        await self._until(lambda: not self.tools.running and not len(self.recorders), deadline - last_s)
+        await self.processes.close(last_s)
         if self.files:
             self.files.close()
         if not await self.store.close(max(deadline - self.clock.monotonic(), last_s)):
@@ -433,33 +474,6 @@ class Daemon:
 
         return Metrics(self.counters, self._gauges).text()
 
-    def _gauges(self) -> dict[str, tuple[float, str]]:
-        total, largest = self.front.unsent()
-        storage = self.store.status()
+    def _gauges(self) -> Gauges:
         lag, self._lag_s = self._lag_s, 0.0
-        return {
-            "connections": (len(self.front.connections), "Open sockets"),
-            "connections_unauthenticated": (self.front.waiting_for_authentication, "Connections without a principal"),
-            "subscriptions": (self.runs.hub.subscriptions, "Subscriptions to live traces"),
-            "attended_runs": (self.runs.attendance.attended_runs(), "Live runs that somebody attends"),
-            "requests_in_flight": (self.front.in_flight(), "Requests that were started and are not answered"),
-            "outbox_bytes": (total, "Bytes that wait for peers, all together"),
-            "outbox_largest_bytes": (largest, "Bytes that wait for the slowest peer"),
-            "topics": (self.runs.hub.topics, "Runs of which the loop keeps its copy"),
-            "watches": (len(self.runs.watchers), "Connections that watch all runs"),
-            "watch_waiting": (self.runs.watchers.waiting, "Changed runs that wait for who watches, all together"),
-            "files_waiting": (self.files.waiting if self.files else 0, "Files that wait to be read, or are read"),
-            "catch_up_waiting": (self.runs.hub.waiting, "Subscriptions that wait for a page of their log"),
-            "hook_waiting": (self.hooks.waiting, "Calls of hooks that wait or are being made"),
-            "hook_hanging": (self.hooks.hanging, "Calls of hooks that were given up and have not come back"),
-            "storage_waiting_bytes": (self.store.waiting_bytes, "Bytes of changes that wait for the writer"),
-            "storage_waiting_commands": (storage.waiting_commands, "Changes that wait for the writer"),
-            "storage_waiting_reads": (self.store.waiting_reads, "Reads that wait for a reader"),
-            "storage_sweep_waiting": (self.store.sweeping, "1 while events of deleted runs wait to be removed"),
-            "storage_imports_given_up": (self.store.imports_given_up, "Unfinished imports dropped for newer ones"),
-            "storage_database_bytes": (storage.database_bytes, "Size of the database file"),
-            "storage_log_bytes": (storage.log_bytes, "Size of the write-ahead log"),
-            "storage_damage": (self.store.damage.count, "Times that a read or a change met damage"),
-            "storage_writable": (storage.problem is None, "1 while storage takes writes"),
-            "loop_lag_seconds": (lag, "How late the event loop was at most since the last scrape"),
-        }
+        return gauges(self._measured, lag)

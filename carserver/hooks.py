@@ -1,4 +1,4 @@
-"""Hooks: what is installed beside carserver and wants to be told of runs (contract, section 9).
+"""Hooks: what is installed beside carserver and wants to be told of runs and tools (contract, section 9).
 
 An entry point of the group `carserver.hooks` names a module, an object, or a class, which is made without arguments.
 It has any of these functions, plain or `async def`; the arguments come by place, each a string:
@@ -6,10 +6,16 @@ It has any of these functions, plain or `async def`; the arguments come by place
     run_created(run_id, session_id)
     run_cancelled(run_id, session_id, reason)
     run_ended(run_id, session_id, status)    # completed, failed, cancelled or interrupted
+    tool_started(handle, tool, run_id)       # run_id is empty where the tool is part of no run
+    tool_ended(handle, tool, status, run_id)    # succeeded, failed or cancelled
 
-They are told what is durable, in the order of the commits, one call at a time for each hook. A run that is cancelled
-gives `run_cancelled`, then `run_ended`; one that is interrupted and goes on ends again; an import is told of nowhere.
-What waits when the daemon is killed is not told later.
+Of runs they are told what is durable, in the order of the commits, one call at a time for each hook. A run that is
+cancelled gives `run_cancelled`, then `run_ended`; one that is interrupted and goes on ends again; an import is told of
+nowhere. What waits when the daemon is killed is not told later.
+
+Of a tool they are told when its handle starts and when it is sealed; what a run that ends takes along, before that end.
+A daemon tells of its own handles only, and no handle outlives it: one that was killed with tools running ended them,
+and the next tells of none of them, though it closes those that were part of a run in its log.
 
 A hook runs in a thread of the daemon's process, never on its loop. A call that takes longer than `hook_s` is given up:
 what is `async` is cancelled, what is not goes on hanging in its thread, beside the calls that follow. What a hook
@@ -31,11 +37,12 @@ from typing import Any, Final, NamedTuple
 from carserver.config import Settings
 from carserver.core.counters import Counters
 from carserver.protocol.runs import Status
+from carserver.protocol.tools import ToolStatus
 
 log = logging.getLogger("carserver.hooks")
 
 GROUP: Final = "carserver.hooks"
-FUNCTIONS: Final = ("run_created", "run_cancelled", "run_ended")
+FUNCTIONS: Final = ("run_created", "run_cancelled", "run_ended", "tool_started", "tool_ended")
 _LOG_PAUSE_S: Final = 1.0  # between two lines about the same trouble
 
 Done = Callable[[Any], None]
@@ -313,6 +320,14 @@ class InstalledHooks:
     def run_ended(self, run_id: str, session_id: str, status: Status) -> None:
         """See `core.ports.Hooks`."""
         self._tell(Call("run_ended", (run_id, session_id, status.value)))
+
+    def tool_started(self, handle: str, tool: str, run_id: str) -> None:
+        """See `core.ports.Hooks`."""
+        self._tell(Call("tool_started", (handle, tool, run_id)))
+
+    def tool_ended(self, handle: str, tool: str, status: ToolStatus, run_id: str) -> None:
+        """See `core.ports.Hooks`."""
+        self._tell(Call("tool_ended", (handle, tool, status.value, run_id)))
 
     def close(self) -> None:
         """The daemon ends: what waits is left, and the log says how much."""

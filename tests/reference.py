@@ -6,6 +6,7 @@ run to run (times, random ids, sizes) replaced. `scripts/docs` calls this; a tes
 
 import asyncio
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 import msgspec
 
 from carserver.daemon import METHOD_MODULES
+from carserver.methods.hosting import REQUEST_ID
 from carserver.methods.outputs import EXAMPLE_ID
 from carserver.methods.server import EXAMPLE_PATH
+from carserver.methods.tools import HANDLE
 from carserver.rpc.method import Method, Table
 from tests.daemon import running
 from tests.peer import Peer, peer
@@ -28,6 +31,8 @@ VOLATILE = {
     "epoch": "ad0f6a0e-4a5c-4a57-a6a7-7f6f3a1d9d11",
     "boot_id": "5f0c1f6e-52f0-4d0c-9d65-2b8a3f0e9c77",
     "client_id": "c2b1f0a4-7c0e-4d37-8e55-9a4c1d2e3f60",
+    "handle": HANDLE,
+    "request_id": REQUEST_ID,
     "started_at": "2026-11-20T08:11:31.053Z",
     "ended_at": "2026-11-20T08:11:32.118Z",
     "database_bytes": 4096,
@@ -35,6 +40,10 @@ VOLATILE = {
 }
 A_BACKUP = {"path": EXAMPLE_PATH, "bytes": 253_952}
 A_TIME_MS = 1_795_162_291_053
+DURATIONS = ("timeout_ms", "wait_ms")
+RANDOM = re.compile(r"[0-9a-f]{32}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+RESULT = {"matches": 1}
+"""What the tool of an example answers."""
 
 INTRODUCTION = """\
 # The protocol
@@ -68,13 +77,40 @@ async def run_example(entry: Method, state: Path) -> tuple[Any, list[Any]]:
             for name, params in entry.example.before:
                 made = await caller.call(name, params)
             params = None if entry.example.params is msgspec.UNSET else entry.example.params
-            if isinstance(params, dict) and params.get("id") == EXAMPLE_ID:
-                params = {**params, "id": made["id"]}
+            if isinstance(params, dict):
+                params = await _filled_in(params, made, caller)
             if isinstance(params, dict) and params.get("path") == EXAMPLE_PATH:
                 path = str(state.with_name(f"{state.name}-backup.db"))
                 return {**await caller.call(entry.name, {"path": path}), **A_BACKUP}, []
+            if entry.name == "tools.call":
+                called = caller.start(entry.name, params)
+                beside = await _host(caller)
+                return await called, beside
+            if entry.name == "tools.poll":
+                await _host(caller, {"kind": "text", "text": "main.py:7: TODO\n"})
             answer = await caller.call(entry.name, params)
             return answer, await _beside(caller)
+
+
+async def _filled_in(params: dict[str, Any], made: Any, caller: Peer) -> dict[str, Any]:
+    """The params of an example with what stands for a random id replaced by the one that was made."""
+    if params.get("id") == EXAMPLE_ID:
+        return {**params, "id": made["id"]}
+    if params.get("handle") == HANDLE and isinstance(made, dict) and "handle" in made:
+        return {**params, "handle": made["handle"]}
+    if params.get("request_id") == REQUEST_ID:
+        return {**params, "request_id": (await caller.next("tools.execute"))["request_id"]}
+    return params
+
+
+async def _host(caller: Peer, *chunks: Any) -> list[Any]:
+    """The caller runs a tool that it hosts itself: what it was asked, and what it answered."""
+    execute = json.loads(await caller.next_frame())
+    for chunk in chunks:
+        await caller.call("tools.chunk", [execute["id"], chunk])
+    reply = {"jsonrpc": "2.0", "id": execute["id"], "result": RESULT}
+    await caller.socket.send(json.dumps(reply))
+    return [execute, reply]
 
 
 async def _beside(caller: Peer) -> list[Any]:
@@ -96,7 +132,9 @@ def settled(value: Any, key: str = "") -> Any:
         return VOLATILE[key]
     if key == "id" and isinstance(value, str) and value.startswith("out-"):
         return EXAMPLE_ID
-    return A_TIME_MS if key.endswith("_ms") and isinstance(value, int) else value
+    if key in ("id", "session_id") and isinstance(value, str) and RANDOM.fullmatch(value):
+        return VOLATILE["request_id" if key == "id" else "client_id"]
+    return A_TIME_MS if key.endswith("_ms") and key not in DURATIONS and isinstance(value, int) else value
 
 
 def page(document: dict[str, Any], examples: dict[str, tuple[Any, list[Any]]]) -> str:
@@ -108,6 +146,12 @@ def page(document: dict[str, Any], examples: dict[str, tuple[Any, list[Any]]]) -
     for notification in document["x-notifications"]:
         parts.append(f"### {notification['name']}\n\n{notification['summary']}\n")
         parts.append(_members(_named(notification["params"], schemas), schemas))
+    parts.append("## What the daemon asks of a peer\n")
+    for request in document["x-requests"]:
+        params = _named(request["params"], schemas)
+        parts.append(f"### {request['name']}\n\n{request['summary']}\n\n{params['description']}\n")
+        parts.append(_members(params, schemas))
+        parts.append(f"Result: {_type_words(request['result'], schemas)}.\n")
     parts.append("## Types\n")
     parts += [_type(name, schema, schemas) for name, schema in schemas.items() if _is_shown(name, document)]
     return "\n".join(parts)
@@ -145,8 +189,9 @@ def _method(method: dict[str, Any], schemas: dict[str, Any], answer: Any, pushed
     request: dict[str, Any] = {"jsonrpc": "2.0", "id": 1, "method": method["name"]}
     if entry.example.params is not msgspec.UNSET:
         request["params"] = entry.example.params
-    shown = [f"→ {_json(request)}", f"← {_json({'jsonrpc': '2.0', 'id': 1, 'result': _short(settled(answer))})}"]
-    shown += [f"← {_json(settled(message))}" for message in pushed]
+    answered = f"← {_json({'jsonrpc': '2.0', 'id': 1, 'result': _short(settled(answer))})}"
+    beside = [f"{'←' if 'method' in message else '→'} {_json(settled(message))}" for message in pushed]
+    shown = [f"→ {_json(request)}", *([*beside, answered] if entry.waits is True else [answered, *beside])]
     return "\n".join([*lines, "```text", *shown, "```", ""])
 
 
@@ -179,10 +224,11 @@ def _type(name: str, schema: dict[str, Any], schemas: dict[str, Any]) -> str:
 
 
 def _is_shown(name: str, document: dict[str, Any]) -> bool:
-    """Params stand with their methods, notifications with theirs."""
+    """Params stand with their methods, those of notifications and requests with theirs."""
     entries = table().all().values()
     own = {getattr(entry.params, "__name__", "") for entry in entries}
-    own |= {notification["params"]["$ref"].rpartition("/")[2] for notification in document["x-notifications"]}
+    sent = document["x-notifications"] + document["x-requests"]
+    own |= {message["params"]["$ref"].rpartition("/")[2] for message in sent}
     return name not in own
 
 

@@ -52,6 +52,8 @@ class Connection(Stream):
 
     def eof_received(self) -> bool | None:
         """The peer is gone, with no close frame: the transport closes after what is written already."""
+        if self.session is not None:
+            self.session.said_all()
         return None
 
     # The opening handshake.

@@ -146,6 +146,11 @@ class Front:
         sessions = (connection.session for connection in self.connections)
         return sum(session.in_flight + session.waiting for session in sessions if session is not None)
 
+    def asked_of_hosts(self) -> int:
+        """Requests to peers that host tools which are not answered."""
+        sessions = (connection.session for connection in self.connections)
+        return sum(session.hosting.asked for session in sessions if session is not None and session.hosting is not None)
+
     # The end.
 
     def stop_listening(self) -> None:

@@ -156,14 +156,10 @@ class LineConnection(Stream):
 
     def _look_whether_answered(self) -> None:
         session = self.session
-        if (
-            self._peer_closed
-            and self.state is State.OPEN
-            and not self._reading.paused
-            and session is not None
-            and not (session.in_flight or session.waiting)
-        ):
-            self._answered()
+        if self._peer_closed and self.state is State.OPEN and not self._reading.paused and session is not None:
+            session.said_all()  # first: what waits may wait for what it hosts
+            if not (session.in_flight or session.waiting):
+                self._answered()
 
     def _answered(self) -> None:
         """All that the peer sent is answered, and it sends no more: the stream ends with the last answer."""

@@ -204,6 +204,8 @@ class Stream(asyncio.Protocol):
         if self.state is not State.OPEN:
             return
         self.state = State.CLOSING
+        if self.session is not None:
+            self.session.said_all()
         log.info("closing: %s", reason, extra={"client": self._client_id(), "code": int(code)})
         self.outbox.seal(self._last_frame(code, reason))
         self._cancel_timer()

@@ -7,12 +7,16 @@ from msgspec import Struct
 
 from carserver.config import Settings
 from carserver.core.counters import Counters
+from carserver.core.handlestore import HandleStore
+from carserver.core.hosting import GONE, Hosting
 from carserver.core.outbox import Outbox
 from carserver.core.outputstore import OutputStore
 from carserver.core.principals import Principal
 from carserver.core.prune import Pruner
 from carserver.core.runstore import Clock, RunStore
 from carserver.core.subscription import Subscription
+from carserver.core.toolbox import Toolbox
+from carserver.core.toolstream import Stream
 from carserver.core.watch import Watch
 from carserver.protocol.closing import Close
 from carserver.protocol.frames import notification
@@ -70,6 +74,8 @@ class Services(Struct, frozen=True):
     runs: RunStore
     outputs: OutputStore
     pruner: Pruner
+    tools: HandleStore
+    toolbox: Toolbox
     daemon: Daemon
     authority: Authority
     clock: Clock
@@ -135,6 +141,8 @@ class Session:
         self.waiting = 0  # requests that wait on someone
         self.subscriptions: dict[str, Subscription] = {}
         self.watch: Watch | None = None
+        self.tool_stream: Stream | None = None
+        self.hosting: Hosting | None = None  # from the first tool on that it hosts
 
     @property
     def acting(self) -> Principal:
@@ -142,8 +150,15 @@ class Session:
         assert self.principal is not None  # noqa: S101 - the dispatcher has refused
         return self.principal
 
+    def host_tools(self) -> Hosting:
+        """What runs the tools that it hosts."""
+        if self.hosting is None:
+            services = self.services
+            self.hosting = Hosting(self.outbox, self.client_id, services.clock, services.settings)
+        return self.hosting
+
     def authenticate(self, principal: Principal) -> None:
-        """From now on the session acts as `principal`; what it attended, followed and watched as somebody else ends."""
+        """From now on it acts as `principal`; what it attended, followed, watched and hosted as somebody else ends."""
         if self.principal not in (None, principal):
             self._begin_anew(f"this connection acts as {principal.name} now")
         self.principal = principal
@@ -159,6 +174,21 @@ class Session:
             runs.watchers.drop(self.watch)
             self.watch = None
             self.outbox.send(notification("runs.watch.reset", WatchReset(reason=f"{reason}: watch again")))
+        self._drop_tool_stream()
+        self._host_no_more(reason)
+        self.services.tools.callers.leave(self)
+
+    def _host_no_more(self, reason: str) -> None:
+        """Its tools are gone, and what they run."""
+        hosting, self.hosting = self.hosting, None
+        if hosting is not None:
+            self.services.toolbox.drop(hosting)
+            hosting.close(reason)
+
+    def _drop_tool_stream(self) -> None:
+        if self.tool_stream is not None:
+            self.services.tools.streams.drop(self.tool_stream)
+            self.tool_stream = None
 
     def deliver(self, _id: bytes | None, reply: bytes | None, then: Callback | None) -> None:
         """One call is done (`dispatcher.Receiver`): its reply is queued, then `then` happens."""
@@ -168,11 +198,15 @@ class Session:
             then(True)
 
     def begin_request(self, *, waits: bool, pages: bool) -> None:
-        """A request could not be answered at once: it waits on someone, or not; its answer may be a page, or not."""
+        """A request could not be answered at once: it waits on someone, or not; its answer may be a page, or not.
+
+        One that waits on someone keeps no room for its answer: that would pause reading until that one has come, who
+        may be this very peer.
+        """
         if waits:
             self.waiting += 1
-        else:
-            self.in_flight += 1
+            return
+        self.in_flight += 1
         if pages:
             self.outbox.reserved += self.services.settings.page_bytes
 
@@ -182,12 +216,16 @@ class Session:
             self.waiting -= 1
         else:
             self.in_flight -= 1
-        if pages:
-            self.outbox.reserved -= self.services.settings.page_bytes
+            if pages:
+                self.outbox.reserved -= self.services.settings.page_bytes
         self.transport.progressed()
 
+    def said_all(self) -> None:
+        """Nothing is heard of the peer any more, so it answers nothing: what it hosts is as good as gone."""
+        self._host_no_more(GONE)
+
     def close(self) -> None:
-        """The connection has ended: its subscriptions and its watch go, and it attends nothing any more."""
+        """The connection has ended: its subscriptions, its watch and its tools go, and it attends nothing any more."""
         if self.closed:
             return
         self.closed = True
@@ -195,5 +233,8 @@ class Session:
             self.services.runs.hub.drop(subscription)
         if self.watch is not None:
             self.services.runs.watchers.drop(self.watch)
+        self._drop_tool_stream()
         self.services.runs.attendance.leave(self)
         self.outbox.discard()
+        self._host_no_more(GONE)
+        self.services.tools.callers.leave(self)

@@ -13,7 +13,8 @@ import pytest
 
 from tests.conftest import StartDaemon
 from tests.daemon import Daemon
-from tests.peer import peer
+from tests.hosting import Host, until_ended
+from tests.peer import Refused, peer
 from tests.trace import until_at_most
 
 GRACE_S = 0.2
@@ -41,6 +42,13 @@ def run_cancelled(run_id, session_id, reason):
 
 def run_ended(run_id, session_id, status):
     tell("ended", run_id, session_id, status)
+"""
+OF_TOOLS = """
+def tool_started(handle, tool, run_id):
+    tell("tool started", handle, tool, run_id)
+
+def tool_ended(handle, tool, status, run_id):
+    tell("tool ended", handle, tool, status, run_id)
 """
 ASYNC_CLASS = """
 class Hooks:
@@ -161,6 +169,117 @@ async def test_a_hook_that_has_only_some_of_the_functions_is_called_for_these(si
     assert await site.told(1) == [[run_id, "s", "why not"]]
     await until_at_most(daemon, "hook_waiting", 0)
     assert (await asyncio.to_thread(daemon.metrics))["hook_calls"] == 1
+
+
+# What they are told of tools.
+
+
+async def test_a_hook_is_told_of_a_tools_start_and_of_its_end_with_its_status(site: Site, start: StartDaemon) -> None:
+    site.install("some", OF_TOOLS)
+    daemon = start()
+    wanted: list[list[str]] = []
+    async with peer(daemon) as hosting, peer(daemon) as caller:
+        host = Host(hosting)
+        await host.register("t")
+        run_id = (await caller.create("r"))["id"]
+        for given in ("", run_id):
+            for status in ("succeeded", "failed", "cancelled"):
+                params = {"run_id": given} if given else {}
+                handle = (await caller.call("tools.invoke", {"tool": "t", "action_id": "a", **params}))["handle"]
+                asked = await host.asked()
+                if status == "succeeded":
+                    await asked.answer()
+                elif status == "failed":
+                    await asked.fail("broken")
+                else:
+                    for _ in range(2):
+                        await caller.call("tools.cancel", {"handle": handle})
+                _, answer = await until_ended(caller, handle)
+                assert answer["status"] == status
+                wanted += [["tool started", handle, "t", given], ["tool ended", handle, "t", status, given]]
+        assert await site.told(len(wanted)) == wanted
+    figures = await asyncio.to_thread(daemon.metrics)
+    assert (figures["hook_calls"], figures["hook_failures"], figures["hook_overflows"]) == (len(wanted), 0, 0)
+
+
+async def test_a_hook_is_told_of_a_key_once_and_of_what_is_refused_never(site: Site, start: StartDaemon) -> None:
+    site.install("some", OF_TOOLS)
+    daemon = start()
+    async with peer(daemon) as hosting, peer(daemon) as caller:
+        host = Host(hosting)
+        await host.register({"name": "t", "parameters": {"type": "object"}})
+        run_id = (await caller.create("r"))["id"]
+        await caller.record(run_id, {"type": "agent_end", "text": "done"})
+        for params in ({"tool": "unknown"}, {"tool": "t", "parameters": []}, {"tool": "t", "run_id": run_id}):
+            with pytest.raises(Refused):
+                await caller.call("tools.invoke", params)
+        keyed = {"tool": "t", "idempotency_key": "k"}
+        handle = (await caller.call("tools.invoke", keyed))["handle"]
+        assert (await caller.call("tools.invoke", keyed))["handle"] == handle
+        await (await host.asked()).answer()
+        await until_ended(caller, handle)
+        assert (await caller.call("tools.invoke", keyed))["handle"] == handle
+        last = (await caller.call("tools.invoke", {"tool": "t"}))["handle"]
+        assert await site.told(3) == [
+            ["tool started", handle, "t", ""],
+            ["tool ended", handle, "t", "succeeded", ""],
+            ["tool started", last, "t", ""],
+        ]
+
+
+async def test_a_run_that_is_cancelled_is_told_of_after_the_tools_that_end_with_it(
+    site: Site, start: StartDaemon
+) -> None:
+    site.install("some", FUNCTIONS + OF_TOOLS)
+    daemon = start()
+    async with peer(daemon) as hosting, peer(daemon) as caller:
+        await Host(hosting).register("t")
+        run_id = (await caller.create("r", session_id="s"))["id"]
+        handle = (await caller.call("tools.invoke", {"tool": "t", "run_id": run_id}))["handle"]
+        await caller.call("runs.cancel", {"run_id": run_id, "reason": "enough"})
+        assert await site.told(5) == [
+            ["created", run_id, "s"],
+            ["tool started", handle, "t", run_id],
+            ["tool ended", handle, "t", "cancelled", run_id],
+            ["cancelled", run_id, "s", "enough"],
+            ["ended", run_id, "s", "cancelled"],
+        ]
+
+
+async def test_the_drain_tells_of_the_tools_that_it_cancels(site: Site, start: StartDaemon) -> None:
+    site.install("some", OF_TOOLS)
+    daemon = start()
+    async with peer(daemon) as hosting, peer(daemon) as caller:
+        await Host(hosting).register("t")
+        handle = (await caller.call("tools.invoke", {"tool": "t"}))["handle"]
+        assert await asyncio.to_thread(daemon.terminate) == 0
+    assert await site.told(0) == [["tool started", handle, "t", ""], ["tool ended", handle, "t", "cancelled", ""]]
+
+
+async def test_a_daemon_tells_of_no_tool_of_the_one_before_though_it_closes_it_in_its_runs_log(
+    site: Site, start: StartDaemon
+) -> None:
+    site.install("some", OF_TOOLS)
+    daemon = start()
+    async with peer(daemon) as hosting, peer(daemon) as caller:
+        await Host(hosting).register("t")
+        run_id = (await caller.create("r"))["id"]
+        lost = (await caller.call("tools.invoke", {"tool": "t", "run_id": run_id}))["handle"]
+        await site.told(1)
+        await asyncio.to_thread(daemon.kill)
+    daemon.start()
+    async with peer(daemon) as hosting, peer(daemon) as caller:
+        host = Host(hosting)
+        await host.register("t")
+        while (await caller.call("runs.get", {"run_id": run_id}))["event_count"] < 2:  # noqa: ASYNC110 - its tool_end
+            await asyncio.sleep(0.02)
+        handle = (await caller.call("tools.invoke", {"tool": "t", "run_id": run_id}))["handle"]
+        await (await host.asked()).answer()
+        assert await site.told(3) == [
+            ["tool started", lost, "t", run_id],
+            ["tool started", handle, "t", run_id],
+            ["tool ended", handle, "t", "succeeded", run_id],
+        ]
 
 
 # What goes wrong in them.
