@@ -32,11 +32,16 @@ _MODES = {"?1049h", "?1049l", "?25h", "?25l", "?7h", "?7l"}
 
 
 class Terminal:
-    """A command and its screen. `rows` is the second screen, `scrollback` what the first one has got."""
+    """A command and its screen.
+
+    `rows` is the second screen, `scrollback` what the first one has got, `foot` what is below that for the moment: it
+    is written without wrapping, and erased from its beginning on.
+    """
 
     def __init__(self, columns: int, lines: int) -> None:
         self.rows: dict[int, str] = {}
-        self.scrollback = ""
+        self._scrolled: list[str] = []
+        self.foot = ""
         self.foreign: list[str] = []
         self.modes: set[str] = set()  # those that were set last: of each h and l, one
         self.styles: set[str] = set()  # of text: colours, bold
@@ -81,6 +86,12 @@ class Terminal:
     def is_open(self) -> bool:
         """Whether the second screen is shown."""
         return "?1049h" in self.modes
+
+    @property
+    def scrollback(self) -> str:
+        """The first screen's text, from its beginning."""
+        self._scrolled = ["".join(self._scrolled)]
+        return self._scrolled[0]
 
     @property
     def screen(self) -> str:
@@ -132,19 +143,21 @@ class Terminal:
         self._news.set()
 
     def _take(self, text: str) -> None:
-        begun = re.search(r"\x1b\[?\??[\d;]*$|\r$", text)  # a sequence that is not here yet as a whole
+        begun = re.search(r"\x1b\[?\??[\d;]*\Z|\r\Z", text)  # a sequence that is not here yet as a whole
         self._rest = text[begun.start() :] if begun else ""
         for found in _TOKEN.finditer(text[: begun.start()] if begun else text):
             if found["sequence"]:
                 self._obey(found["sequence"])
             elif found["foreign"]:
                 self.foreign.append(found["foreign"])
+            elif "?7l" in self.modes and not self.is_open:
+                self.foot += found["text"] or "\n"
             elif self.is_open:
                 self.rows[self._row] = self.rows.get(self._row, "") + (found["text"] or "")
                 if found["newline"]:
                     self.foreign.append(found["newline"])  # every line is put at its place
             else:
-                self.scrollback += found["text"] or "\n"
+                self._scrolled.append(found["text"] or "\n")
 
     def _obey(self, sequence: str) -> None:
         place = _PLACE.fullmatch(sequence)
@@ -154,7 +167,7 @@ class Terminal:
         elif sequence.endswith("m"):
             self.styles.add(sequence)
         elif not self.is_open:
-            self.foreign.append(sequence)
+            self._obey_at_the_foot(sequence)
         elif place:
             self._row = int(place[1])
             self.frames += 1
@@ -163,6 +176,12 @@ class Terminal:
         elif sequence in {"2J", "J"}:
             self.rows = {row: line for row, line in self.rows.items() if sequence == "J" and row < self._row}
         else:
+            self.foreign.append(sequence)
+
+    def _obey_at_the_foot(self, sequence: str) -> None:
+        if sequence == "J":
+            self.foot = ""
+        elif sequence != "G" and not (sequence == "A" and "?7l" in self.modes):
             self.foreign.append(sequence)
 
 

@@ -28,6 +28,7 @@ _COMMANDS = {
     "runs": "carserver.cli.runs:runs",
     "serve": "carserver.cli.serve:serve",
     "token": "carserver.cli.token:token",
+    "tools": "carserver.cli.tools:tools",
 }
 _EPILOG = """\b
 Completion:   eval "$(_CARSERVER_COMPLETE=bash_source carserver)"   (or zsh_source, fish_source)

@@ -15,6 +15,11 @@ def at_terminal() -> bool:
     return sys.stdout.isatty()
 
 
+def takes_a_view() -> bool:
+    """Whether standard output is a terminal that can be painted, and has the signs of the live views."""
+    return at_terminal() and os.environ.get("TERM") != "dumb" and "utf" in (sys.stdout.encoding or "").lower()
+
+
 def in_colour() -> bool:
     """Whether standard output takes colour, and nobody minds (https://no-color.org)."""
     return at_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
@@ -41,6 +46,27 @@ def local_time(milliseconds: int, form: str = "%Y-%m-%d %H:%M:%S") -> str:
 def utc_time(milliseconds: int) -> str:
     """A time for a pipe (RFC 3339)."""
     return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def duration(milliseconds: int) -> str:
+    """A span of time as short as it can be told."""
+    seconds = milliseconds // 1000
+    if milliseconds < 1_000:
+        return f"{milliseconds} ms"
+    if milliseconds < 10_000:
+        return f"{milliseconds / 1000:.1f} s"
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, hours = seconds // 60, seconds // 3600
+    return f"{hours}:{minutes % 60:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
+
+
+def size(number: int) -> str:
+    """So many bytes, as short as it can be told."""
+    if number < 1024:
+        return counted(number, "byte")
+    unit, name = (1024, "KiB") if number < 1024 * 1024 else (1024 * 1024, "MiB")
+    return f"{number / unit:.1f} {name}" if number < 10 * unit else f"{number // unit:,} {name}"
 
 
 def counted(number: int, noun: str) -> str:

@@ -11,8 +11,9 @@ from msgspec import Raw, Struct, UnsetType
 
 from carserver.cli.endpoint import Daemon, daemon_options
 from carserver.cli.errors import CommandError, ExitCode
-from carserver.cli.output import at_terminal, data, in_colour, json_data, local_time, note, utc_time
-from carserver.cli.plain import clipped, visible, visible_lines
+from carserver.cli.output import at_terminal, data, json_data, local_time, note, utc_time
+from carserver.cli.plain import visible, visible_lines
+from carserver.cli.table import print_table
 from carserver.protocol.outputs import (
     Artifact,
     Content,
@@ -31,7 +32,6 @@ _HEADINGS = ("OUTPUT", "TYPE", "TASK", "ATTEMPT", "PRODUCER", "CREATED", "WHAT")
 _WHOLE = frozenset({"OUTPUT", "TYPE", "ATTEMPT", "CREATED"})
 _PAGE = 1_000  # the daemon's own bound
 _SLICE = 1024 * 1024  # likewise, in bytes
-_SHOWN = 200  # characters of a cell
 
 
 class _Page(Struct):
@@ -177,22 +177,8 @@ def _show(records: list[OutputRecord]) -> None:
         for record in records:
             data("\t".join(visible(cell) for cell in _cells(record, utc_time(record.created_at_ms))))
     elif records:
-        _table([_cells(record, local_time(record.created_at_ms, "%m-%d %H:%M")) for record in records])
-
-
-def _table(rows: list[list[str]]) -> None:
-    from rich.console import Console  # noqa: PLC0415 - at a terminal only
-    from rich.table import Table  # noqa: PLC0415 - likewise
-    from rich.text import Text  # noqa: PLC0415 - likewise
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for n, heading in enumerate(_HEADINGS):
-        whole = max([len(heading), *(len(row[n]) for row in rows)]) if heading in _WHOLE else None
-        table.add_column(heading, width=whole, no_wrap=whole is not None)  # rich narrows those that may wrap
-    for row in rows:
-        # `Text` is never read as markup: these words came from agents.
-        table.add_row(*(Text(visible(clipped(cell, _SHOWN)), no_wrap=True, overflow="ellipsis") for cell in row))
-    Console(no_color=not in_colour(), highlight=False).print(table)
+        rows = [_cells(record, local_time(record.created_at_ms, "%m-%d %H:%M")) for record in records]
+        print_table(_HEADINGS, rows, whole=_WHOLE)
 
 
 def _cells(record: OutputRecord, created: str) -> list[str]:

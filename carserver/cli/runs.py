@@ -1,7 +1,5 @@
 """`carserver runs …`: looking at runs, following one, recording one, cancelling and deleting some."""
 
-import os
-import sys
 from typing import Any
 
 import click
@@ -10,8 +8,9 @@ from msgspec import Raw
 
 from carserver.cli.endpoint import Daemon, daemon_options
 from carserver.cli.errors import CommandError, ExitCode
-from carserver.cli.output import at_terminal, data, in_colour, json_data, local_time, note, utc_time
-from carserver.cli.plain import clipped, visible, visible_lines
+from carserver.cli.output import at_terminal, data, in_colour, json_data, local_time, note, takes_a_view, utc_time
+from carserver.cli.plain import visible, visible_lines
+from carserver.cli.table import print_table
 from carserver.protocol.runs import Cancelled, Snapshot, Status
 
 STATUS_COLOURS: dict[str, str] = {
@@ -59,7 +58,10 @@ def list_runs(*, limit: int, as_json: bool, state_dir: str | None, url: str | No
         return
     snapshots = [msgspec.json.decode(raw, type=Snapshot) for raw in found]
     if at_terminal():
-        _table(snapshots)
+        rows = [_cells(run, local_time(run.created_at_ms, "%m-%d %H:%M")) for run in snapshots]
+        print_table(
+            _HEADINGS, rows, whole=_WHOLE, styles={"STATUS": lambda cell: STATUS_COLOURS.get(cell, _LIVE_COLOUR)}
+        )
     else:
         for run in snapshots:
             data("\t".join(visible(cell) for cell in _cells(run, utc_time(run.created_at_ms))))
@@ -148,7 +150,7 @@ def trace_run(
     from carserver.cli.talk import talk  # noqa: PLC0415 - brings websockets
 
     open_connection = Daemon(state_dir, url).looker()
-    if _takes_a_view() and not plain and not as_json:
+    if takes_a_view() and not plain and not as_json:
         from carserver.cli.view_live import follow_live  # noqa: PLC0415 - brings rich
 
         talk(follow_live(open_connection, run_id, cursor=cursor, epoch=epoch))
@@ -175,7 +177,7 @@ def watch_runs(*, plain: bool, as_json: bool, state_dir: str | None, url: str | 
 
     filters = {name: value for name, value in given.items() if value is not None}
     open_connection = Daemon(state_dir, url).looker()
-    if _takes_a_view() and not plain and not as_json:
+    if takes_a_view() and not plain and not as_json:
         from carserver.cli.view_watch import watch_live  # noqa: PLC0415 - brings rich
 
         talk(watch_live(open_connection, filters))
@@ -257,11 +259,6 @@ def _ask(daemon: Daemon, method: str, params: dict[str, Any]) -> Raw:
     return ask(daemon.looker(notifications=0), method, params)
 
 
-def _takes_a_view() -> bool:
-    """Whether standard output is a terminal that can be painted, and has the signs of the live views."""
-    return at_terminal() and os.environ.get("TERM") != "dumb" and "utf" in (sys.stdout.encoding or "").lower()
-
-
 def _member(name: str, value: Raw) -> str:
     """One member of a snapshot, for a person."""
     decoded = msgspec.json.decode(value)
@@ -273,27 +270,6 @@ def _member(name: str, value: Raw) -> str:
     if name.endswith("_at_ms") and isinstance(decoded, int):
         return local_time(decoded)
     return visible(bytes(value).decode())
-
-
-def _table(snapshots: list[Snapshot]) -> None:
-    from rich.console import Console  # noqa: PLC0415 - at a terminal only
-    from rich.table import Table  # noqa: PLC0415 - likewise
-    from rich.text import Text  # noqa: PLC0415 - likewise
-
-    rows = [_cells(run, local_time(run.created_at_ms, "%m-%d %H:%M")) for run in snapshots]
-    # An id and a status are of use whole; a column that says nothing is left out.
-    shown = [n for n, heading in enumerate(_HEADINGS) if heading in _WHOLE or any(row[n] for row in rows)]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for n in shown:
-        heading = _HEADINGS[n]
-        whole = max([len(heading), *(len(visible(row[n])) for row in rows)]) if heading in _WHOLE else None
-        table.add_column(heading, width=whole, no_wrap=whole is not None)  # rich narrows those that may wrap
-    for run, row in zip(snapshots, rows, strict=True):
-        # `Text` is never read as markup: these words came from agents.
-        cells = [Text(visible(clipped(cell, 200)), no_wrap=True, overflow="ellipsis") for cell in row]
-        cells[1].stylize(STATUS_COLOURS.get(run.status, _LIVE_COLOUR))
-        table.add_row(*(cells[n] for n in shown))
-    Console(no_color=not in_colour(), highlight=False).print(table)
 
 
 def _cells(run: Snapshot, created: str) -> list[str]:

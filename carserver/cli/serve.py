@@ -25,6 +25,7 @@ from carserver.config import Durability, LogLevel, Settings
     help="What an acknowledgement survives: a power cut, a kill, or nothing. [full]",
 )
 @click.option("--file-root", metavar="DIR", help="Outputs may refer to files below it; all who have a token read them.")
+@click.option("--tools", metavar="FILE", help="A TOML file of commands that are tools: [tools.NAME] command = […]")
 @click.option("--no-auth", is_flag=True, help="No tokens: everyone is host. Loopback only.")
 @click.option("--allow-host", multiple=True, metavar="NAME", help="A Host name beside the loopback ones. Repeatable.")
 @click.option("--allow-origin", multiple=True, metavar="ORIGIN", help="An Origin that browsers may have. Repeatable.")

@@ -9,6 +9,7 @@ import msgspec
 
 from carserver.cli.output import in_colour, json_data, note
 from carserver.cli.plain import clipped, visible, visible_lines
+from carserver.cli.view_words import reference
 from carserver.client import CallError, ClientError, Traced, TraceReset, trace
 from carserver.client.trace import Opener
 from carserver.protocol.errors import ErrorKind
@@ -22,7 +23,7 @@ _TELLING: dict[str, tuple[str, ...]] = {
     "agent_end": ("text",),
     "error": ("message",),
     "tool_start": ("name", "id"),
-    "tool_end": ("name", "exit_code", "error", "output"),
+    "tool_end": ("name", "exit_code", "error", "output", "result_ref"),
     "step_start": ("step_number", "description"),
     "step_end": ("step_number", "status"),
 }
@@ -89,6 +90,8 @@ class TraceView:
             return self.close() + self._prefix(record, type_) + self._styled(type_, _told(type_, event)) + "\n"
         stream = (type_, str(event.get("id", "")))
         before = ""
+        if event.get("truncated") is True:
+            piece += "\n… (more was not recorded)\n"
         if stream != self._stream:
             before = self.close() + self._prefix(record, type_)
             self._stream = stream
@@ -156,7 +159,7 @@ def _told(type_: str, event: dict[str, Any]) -> str:
     """An event's content on one line; what is cut ends with an ellipsis."""
     if type_ in _TELLING:
         values = [event[name] for name in _TELLING[type_] if event.get(name) is not None]
-        text = "  ".join(str(value) for value in values)
+        text = "  ".join(reference(value) or str(value) for value in values)
     else:
         rest = {name: value for name, value in event.items() if name != "type"}
         text = msgspec.json.encode(rest).decode() if rest else ""

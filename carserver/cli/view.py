@@ -11,7 +11,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.text import Text
 
-from carserver.cli.output import counted
+from carserver.cli.output import counted, duration
 from carserver.cli.plain import clipped, visible, visible_lines
 from carserver.cli.view_model import RunModel
 from carserver.cli.view_tree import Kind, Node, State, Writing
@@ -129,7 +129,7 @@ def _beside(model: RunModel, width: int, room: int, now_ms: int) -> list[Text]:
 
 
 def _header(model: RunModel, width: int, now_ms: int, *, still: bool = False) -> list[Text]:
-    sign = _STATUS_SIGNS.get(model.status) or (_STILL if still else _spinner(now_ms))
+    sign = _STATUS_SIGNS.get(model.status) or (_STILL if still else spinner(now_ms))
     style = STATUS_STYLES.get(model.status, LIVE_STYLE)
     prompt = visible(clipped(model.prompt.strip(), 2 * width).replace("\n", " "))
     left = Text.assemble((f"{sign} {visible(model.status)}", style), "  ", (prompt, "bold"))
@@ -160,7 +160,7 @@ def _goal(model: RunModel, width: int) -> Text | None:
     if fraction is None and not model.goal:
         return None
     left = Text.assemble(("goal ", "dim"), visible(model.goal)) if model.goal else Text("steps", "dim")
-    return fit(left, _bar(fraction, width, model.over), width)
+    return fit(left, bar(fraction, width, model.over), width)
 
 
 def _footer(model: RunModel, width: int, trouble: str) -> Text:
@@ -169,7 +169,7 @@ def _footer(model: RunModel, width: int, trouble: str) -> Text:
     behind = model.known_cursor - model.cursor
     if behind > 0:
         left = Text(f"reading the log: {model.cursor:,} of {model.known_cursor:,} events", "dim")
-        return fit(left, _bar(model.cursor / model.known_cursor, width), width)
+        return fit(left, bar(model.cursor / model.known_cursor, width), width)
     id_ = Text(visible(clipped(model.run_id, width)) if width >= _ID_COLUMNS else "", "dim")
     return fit(Text("Ctrl-C ends the view, not the run", "dim"), id_, width)
 
@@ -219,7 +219,7 @@ def line_of(line: Line, width: int, now_ms: int, over: bool, *, still: bool = Fa
     node = line.node
     if node is None:
         return fit(Text(f"{indent}… {_folded(line.folded)} folded", "dim"), Text(), width)
-    sign, style = _sign(node, _STILL if still else _spinner(now_ms), over)
+    sign, style = _sign(node, _STILL if still else spinner(now_ms), over)
     title = visible(clipped(node.title, _TITLE_CHARACTERS))
     left = Text.assemble(indent, (sign, style), " ", (title, _TITLES.get(node.kind, "bold")))
     wide = width >= _NARROW_COLUMNS
@@ -233,6 +233,8 @@ def line_of(line: Line, width: int, now_ms: int, over: bool, *, still: bool = Fa
     said = node.output.rstrip().replace("\r", "\n").rpartition("\n")[2].replace("\t", " ").strip()  # \r: progress
     if said and wide:
         left.append(f"  → {visible(clipped(said, width))}", "red" if node.state is State.FAILED else "dim")
+    if node.cut and wide:
+        left.append("  (more was not recorded)", "dim")
     return fit(left, _measures(node, width, now_ms, over), width)
 
 
@@ -240,7 +242,7 @@ def _measures(node: Node, width: int, now_ms: int, over: bool) -> Text:
     """What stands at the right of a line: how far it is, what it used, how long it took."""
     told = Text()
     if node.kind is Kind.NOTE or node.open:
-        told.append_text(_bar(node.fraction, width, over))
+        told.append_text(bar(node.fraction, width, over))
     if node.tokens is not None and node.tokens.total and width >= _NARROW_COLUMNS:
         told.append(f"{node.tokens.total:,} tokens", "dim")
     running = node.running and not over
@@ -327,20 +329,7 @@ def record(model: RunModel, width: int, now_ms: int) -> list[Text]:
 # ------------------------------------------------------------------------------------------------------- small things
 
 
-def duration(milliseconds: int) -> str:
-    """A span of time as short as it can be told."""
-    seconds = milliseconds // 1000
-    if milliseconds < 1_000:
-        return f"{milliseconds} ms"
-    if milliseconds < 10_000:
-        return f"{milliseconds / 1000:.1f} s"
-    if seconds < 60:
-        return f"{seconds} s"
-    minutes, hours = seconds // 60, seconds // 3600
-    return f"{hours}:{minutes % 60:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
-
-
-def _bar(fraction: float | None, width: int, over: bool = False) -> Text:
+def bar(fraction: float | None, width: int, over: bool = False) -> Text:
     """How much is done: a bar where there is room for one, and in per cent."""
     if fraction is None:
         return Text()
@@ -350,7 +339,8 @@ def _bar(fraction: float | None, width: int, over: bool = False) -> Text:
     return Text.assemble(("━" * done, style), ("─" * (cells - done), "dim"), f" {int(fraction * 100):>3} %")
 
 
-def _spinner(now_ms: int) -> str:
+def spinner(now_ms: int) -> str:
+    """The sign of what goes on, at this time."""
     return _SPINNER[now_ms // _SPINNER_MS % len(_SPINNER)]
 
 

@@ -28,6 +28,7 @@ from carserver.cli.view_words import (
     given,
     key,
     members,
+    reference,
     text,
     told,
     usage,
@@ -318,6 +319,7 @@ class RunModel:
     def _tool_output(self, event: dict[str, Any]) -> None:
         node = self.tree.tools.get(key(event.get("id"))) or self._tool(event)
         node.write(first_text(event, "delta", "text") or "")
+        node.cut = node.cut or event.get("truncated") is True
         self._progress(node, event)
 
     def _tool_end(self, event: dict[str, Any]) -> None:
@@ -326,7 +328,11 @@ class RunModel:
             node = self._tool(event)
             node.started_ms = None
         error, exit_code = told(event.get("error")), event.get("exit_code")
-        output = error or (first_text(event, "output", "result") or "")[-OUTPUT_CHARACTERS:]
+        output = (first_text(event, "output", "result") or "")[-OUTPUT_CHARACTERS:] or reference(
+            event.get("result_ref")
+        )
+        if error and error != f"exit code {exit_code}":  # which is shown already
+            output = error
         node.output = output or node.output
         if error or (isinstance(exit_code, int) and exit_code != 0):
             self.tree.counts["failed"] += node.open

@@ -53,7 +53,7 @@ class Screen:
             if not self._open:
                 self._open = True
                 self._shown = []
-                self._settings = _silence()
+                self._settings = silence()
                 self._write(_OPEN)
 
     def close(self) -> None:
@@ -62,7 +62,7 @@ class Screen:
             if self._open:
                 self._open = False
                 self._write(_CLOSE)
-                _restore(self._settings)
+                restore(self._settings)
 
     def show(self, lines: list[str], size: Size) -> None:
         """Paints a frame: lines with their escape sequences. Blocks for as long as the terminal takes nothing."""
@@ -88,7 +88,7 @@ class Screen:
             self._stream.flush()
 
 
-def _silence() -> list[Any] | None:
+def silence() -> list[Any] | None:
     """Turns off the echo of what is typed; the settings as they were, or None where there is nothing to set."""
     if sys.stdin is None:
         return None
@@ -99,13 +99,14 @@ def _silence() -> list[Any] | None:
         settings = termios.tcgetattr(descriptor)
         silent = termios.tcgetattr(descriptor)
         silent[3] &= ~termios.ECHO
+        silent[3] |= termios.NOFLSH  # else Ctrl-C takes what is on its way, and half an escape sequence is rubbish
         termios.tcsetattr(descriptor, termios.TCSADRAIN, silent)
     except (OSError, ValueError, termios.error):  # no terminal
         return None
     return settings
 
 
-def _restore(settings: list[Any] | None) -> None:
+def restore(settings: list[Any] | None) -> None:
     """What was typed meanwhile was for the view: the shell does not get it."""
     if settings is not None:
         with contextlib.suppress(OSError, ValueError, termios.error):

@@ -56,6 +56,7 @@ class Node:
     input: str = ""  # a tool's arguments as they come, JSON in most cases
     output: str = ""  # the end of what a tool wrote
     exit_code: int | None = None  # where it is a failure
+    cut: bool = False  # there was more output than what was recorded
     children: "list[Node]" = field(default_factory=list)
     folded: Counter[str] = field(default_factory=Counter)  # children that are not kept any more, by kind; and `failed`
 

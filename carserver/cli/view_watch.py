@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from rich.text import Text
 
-from carserver.cli.output import local_time
+from carserver.cli.output import duration, local_time
 from carserver.cli.plain import clipped, visible
-from carserver.cli.view import LIVE_STYLE, STATUS_STYLES, duration, fit
+from carserver.cli.view import LIVE_STYLE, STATUS_STYLES, fit
 from carserver.cli.view_live import Link, giving_back, now_ms, print_lines, shown
 from carserver.cli.view_screen import Screen
 from carserver.cli.watch import Runs, Seen, watch

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from carserver.cli.output import size
 from carserver.cli.plain import clipped
 
 TOLD_CHARACTERS = 200  # of one value
@@ -91,6 +92,14 @@ def given(value: Any) -> str:
     if not isinstance(value, dict):
         return told(value)
     return clipped("  ".join(told(one) for one in islice(value.values(), _MEMBERS)), TOLD_CHARACTERS)
+
+
+def reference(value: Any) -> str:
+    """Where a tool's large result is, by its `result_ref`."""
+    if not isinstance(value, dict) or not isinstance(value.get("id"), str):
+        return ""
+    length = count(value.get("size"))
+    return f"the result is output {told(value['id'])}" + ("" if length is None else f", {size(length)}")
 
 
 def fraction(event: dict[str, Any]) -> float | None:

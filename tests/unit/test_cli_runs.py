@@ -158,6 +158,22 @@ def test_trace_prints_events_as_lines_and_joins_text(capsys: Captured) -> None:
     assert captured.err == ""
 
 
+def test_trace_tells_what_the_daemon_records_of_its_tools(capsys: Captured) -> None:
+    reference = {"id": "out-0123456789", "size": 219_000, "preview": "\x1b"}
+    events: list[dict[str, Any]] = [
+        {"type": "tool_output_delta", "id": "h", "name": "tail", "delta": "line", "truncated": True},
+        {"type": "tool_end", "id": "h", "name": "tail", "output": "", "result_ref": reference},
+    ]
+    records = [*(trace_event(n, event) for n, event in enumerate(events)), trace_ended(2)]
+    with FakeDaemon({"runs.trace.subscribe": stream(*records)}) as daemon:
+        assert run(["runs", "trace", "run-1", "--url", daemon.url]) == 0
+    assert capsys.readouterr().out.splitlines()[:3] == [
+        "      0     +0.000  tool_output_delta    line",
+        "                                         … (more was not recorded)",
+        "      1     +0.001  tool_end             tail    the result is output out-0123456789, 213 KiB",
+    ]
+
+
 def test_trace_json_prints_the_params_as_they_came(capsys: Captured) -> None:
     records = [trace_started(), trace_event(0, {"type": "x", "n": 2**70}), trace_ended(1)]
     with FakeDaemon({"runs.trace.subscribe": stream(*records)}) as daemon:

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.text import Text
 
-from carserver.cli.runs import _takes_a_view
-from carserver.cli.view import ansi, duration, facts, record, screen
+from carserver.cli.output import duration, takes_a_view
+from carserver.cli.view import Line, ansi, facts, line_of, record, screen
 from carserver.cli.view_model import RunModel
 from carserver.cli.view_watch import table
 from carserver.cli.watch import Runs, Seen
@@ -223,6 +223,36 @@ def test_of_a_tools_progress_the_latest_is_shown_as_at_a_terminal() -> None:
     assert any("pip  → 50 %" in line for line in plain(screen(model, 80, 24, NOW_MS)))
 
 
+def test_what_the_daemon_records_of_its_tools_is_told_once_and_in_words() -> None:
+    own = {"source": "carserver"}
+    reference = {"id": "out-0123456789", "size": 219_000, "preview": "{"}
+    model = model_of(
+        [
+            {"type": "tool_start", "id": "h1", "name": "grep", **own},
+            {"type": "tool_output_delta", "id": "h1", "name": "grep", "delta": "no such file\n", **own},
+            {
+                "type": "tool_end",
+                "id": "h1",
+                "name": "grep",
+                "output": "",
+                "exit_code": 2,
+                "error": "exit code 2",
+                **own,
+            },
+            {"type": "tool_start", "id": "h2", "name": "count", **own},
+            {"type": "tool_end", "id": "h2", "name": "count", "output": "", "result_ref": reference, **own},
+            {"type": "tool_start", "id": "h3", "name": "tail", **own},
+            {"type": "tool_output_delta", "id": "h3", "name": "tail", "delta": "line\n", "truncated": True, **own},
+            {"type": "tool_end", "id": "h3", "name": "tail", "output": "", "error": "cancelled by host", **own},
+        ]
+    )
+    lines = [line_of(Line(0, node, node.folded), 100, 0, True) for node in model.tree.root.children]
+    grep, counting, tail = plain(lines)
+    assert grep.startswith("✗ grep  exit code 2  → no such file  ")
+    assert counting.startswith("✓ count  → the result is output out-0123456789, 213 KiB  ")
+    assert tail.startswith("✗ tail  → cancelled by host  (more was not recorded)")
+
+
 def test_the_record_of_a_long_run_is_short_and_says_what_it_leaves_out() -> None:
     events: list[Event] = []
     for n in range(3_000):
@@ -332,4 +362,4 @@ def test_a_view_is_for_terminals_that_can_show_it(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("sys.stdout", Terminal())
-    assert _takes_a_view() is expected
+    assert takes_a_view() is expected

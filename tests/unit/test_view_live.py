@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("state")
 @pytest.fixture(autouse=True)
 def _view(monkeypatch: pytest.MonkeyPatch) -> None:
     """A person looks at standard output, wherever it goes."""
-    monkeypatch.setattr("carserver.cli.runs._takes_a_view", lambda: True)
+    monkeypatch.setattr("carserver.cli.runs.takes_a_view", lambda: True)
 
 
 def stream(*records: dict[str, Any], close: int | None = None) -> Any:
