@@ -1,0 +1,29 @@
+"""TERM with tools that run: three rounds under load; 20 by `scripts/tool_rounds`."""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import StartDaemon
+from tests.fault.tooldrains import Drains, drain_round
+from tests.fault.zoo import write_zoo
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="process tools need Linux")
+
+ROUNDS = 3
+DRAIN_S = 2.0
+
+
+@pytest.mark.parametrize("number", range(ROUNDS))
+async def test_under_load_the_daemon_ends_in_time_with_its_tools_and_nothing_acknowledged_is_lost(
+    start: StartDaemon, tmp_path: Path, number: int
+) -> None:
+    seed = random.randrange(2**32)
+    drains, chance = Drains(), random.Random(seed)
+    daemon = start("--tools", write_zoo(tmp_path / "zoo.toml"), drain_s=DRAIN_S, kill_after_s=0.5)
+    await drain_round(daemon, DRAIN_S, chance, drains)
+    print(f"{drains} (seed {seed})")
+    assert drains.wrong == [], seed
+    assert drains.tools > 0
