@@ -5,21 +5,26 @@ run to run (times, random ids, sizes) replaced. `scripts/docs` calls this; a tes
 """
 
 import asyncio
+import functools
 import json
 import re
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from carserver import __version__
 from carserver.daemon import METHOD_MODULES
 from carserver.methods.hosting import REQUEST_ID
 from carserver.methods.outputs import EXAMPLE_ID
 from carserver.methods.server import EXAMPLE_PATH
 from carserver.methods.tools import HANDLE
+from carserver.protocol.codec import encode
 from carserver.rpc.method import Method, Table
+from carserver.rpc.openrpc import document
 from tests.daemon import running
 from tests.peer import Peer, peer
 
@@ -137,30 +142,30 @@ def settled(value: Any, key: str = "") -> Any:
     return A_TIME_MS if key.endswith("_ms") and key not in DURATIONS and isinstance(value, int) else value
 
 
-def page(document: dict[str, Any], examples: dict[str, tuple[Any, list[Any]]]) -> str:
-    """The whole page."""
-    schemas = document["components"]["schemas"]
-    parts = [INTRODUCTION, _errors(document), "## Methods\n"]
-    parts += [_method(method, schemas, *examples[method["name"]]) for method in document["methods"]]
+def page(whole: dict[str, Any], sections: Mapping[str, str]) -> str:
+    """The whole page; `sections` are those of the methods, by their names."""
+    schemas = whole["components"]["schemas"]
+    parts = [INTRODUCTION, _errors(whole), "## Methods\n"]
+    parts += [sections[method["name"]] for method in whole["methods"]]
     parts.append("## What the daemon sends on its own\n")
-    for notification in document["x-notifications"]:
+    for notification in whole["x-notifications"]:
         parts.append(f"### {notification['name']}\n\n{notification['summary']}\n")
         parts.append(_members(_named(notification["params"], schemas), schemas))
     parts.append("## What the daemon asks of a peer\n")
-    for request in document["x-requests"]:
+    for request in whole["x-requests"]:
         params = _named(request["params"], schemas)
         parts.append(f"### {request['name']}\n\n{request['summary']}\n\n{params['description']}\n")
         parts.append(_members(params, schemas))
         parts.append(f"Result: {_type_words(request['result'], schemas)}.\n")
     parts.append("## Types\n")
-    parts += [_type(name, schema, schemas) for name, schema in schemas.items() if _is_shown(name, document)]
+    parts += [_type(name, schema, schemas) for name, schema in schemas.items() if _is_shown(name, whole)]
     return "\n".join(parts)
 
 
-def _errors(document: dict[str, Any]) -> str:
+def _errors(whole: dict[str, Any]) -> str:
     rows = [
         f"| {error['code']} | `{error['data']['type']}` | {error['message']} |"
-        for error in document["components"]["errors"].values()
+        for error in whole["components"]["errors"].values()
     ]
     return "\n".join(
         [
@@ -223,11 +228,11 @@ def _type(name: str, schema: dict[str, Any], schemas: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _is_shown(name: str, document: dict[str, Any]) -> bool:
+def _is_shown(name: str, whole: dict[str, Any]) -> bool:
     """Params stand with their methods, those of notifications and requests with theirs."""
     entries = table().all().values()
     own = {getattr(entry.params, "__name__", "") for entry in entries}
-    sent = document["x-notifications"] + document["x-requests"]
+    sent = whole["x-notifications"] + whole["x-requests"]
     own |= {message["params"]["$ref"].rpartition("/")[2] for message in sent}
     return name not in own
 
@@ -285,13 +290,34 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
+async def section(entry: Method, state: Path) -> str:
+    """A method's section of the page; its example is run for it."""
+    whole = described()
+    method = next(method for method in whole["methods"] if method["name"] == entry.name)
+    return _method(method, whole["components"]["schemas"], *await run_example(entry, state))
+
+
+@functools.cache
+def described() -> dict[str, Any]:
+    """The OpenRPC document."""
+    found: dict[str, Any] = json.loads(encode(document(table(), __version__)))
+    return found
+
+
+def sections_of(text: str) -> dict[str, str]:
+    """The sections of the methods in a page, by their names."""
+    methods = text[text.index("## Methods\n") : text.index("## What the daemon sends on its own\n")]
+    return {found[1]: found[0] for found in _SECTION.finditer(methods)}
+
+
+_SECTION = re.compile(r"^### (\S+)\n.*?^```\n", re.MULTILINE | re.DOTALL)
+
+
 async def generate(folder: Path) -> str:
     """Runs every example and makes the page."""
-    examples = {}
-    for number, entry in enumerate(table().all().values()):
-        examples[entry.name] = await run_example(entry, folder / str(number))
-    document = examples["rpc.discover"][0]
-    return page(document, examples)
+    entries = table().all().values()
+    sections = {entry.name: await section(entry, folder / str(place)) for place, entry in enumerate(entries)}
+    return page(described(), sections)
 
 
 if __name__ == "__main__":

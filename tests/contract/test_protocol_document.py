@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import msgspec
@@ -11,11 +12,19 @@ from carserver.rpc.method import Method
 from tests.daemon import Daemon
 from tests.openrpc import validate
 from tests.peer import peer
-from tests.reference import PAGE, generate, table
+from tests.reference import PAGE, described, page, section, sections_of, table
+
+STALE = "docs/protocol.md is stale: run scripts/docs"
 
 
-async def test_the_page_is_what_the_examples_and_the_table_give_today(tmp_path: Path) -> None:
-    assert PAGE.read_text() == await generate(tmp_path), "docs/protocol.md is stale: run scripts/docs"
+@pytest.mark.parametrize("entry", [pytest.param(entry, id=entry.name) for entry in table().all().values()])
+async def test_a_methods_section_is_what_its_example_and_the_table_give_today(entry: Method, tmp_path: Path) -> None:
+    assert sections_of(PAGE.read_text()).get(entry.name) == await section(entry, tmp_path / "state"), STALE
+
+
+def test_the_rest_of_the_page_is_what_the_table_gives_today() -> None:
+    text = PAGE.read_text()
+    assert page(described(), defaultdict(str, sections_of(text))) == text, STALE
 
 
 async def test_discover_validates_against_openrpcs_own_schema_and_is_the_same_over_http(daemon: Daemon) -> None:
