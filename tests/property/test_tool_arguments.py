@@ -147,7 +147,7 @@ def test_half_a_surrogate_is_no_json_and_nothing_starts(daemon: Daemon) -> None:
 
 
 FITS = {"text": "touched", "number": 1, "list": [1, False]}
-MISSING = "-"
+MISSING = object()
 # Where it is wrong, which member, and with what value.
 BREAKS: list[tuple[str, str, st.SearchStrategy[Any]]] = [
     ("parameters.text", "text", values.filter(lambda value: not isinstance(value, str))),
@@ -168,7 +168,7 @@ def test_what_breaks_the_schema_is_refused_with_its_place_before_anything_starts
     daemon: Daemon, data: st.DataObject
 ) -> None:
     place, name, value = data.draw(st.sampled_from(BREAKS))
-    parameters = {name: one for name, one in (FITS | {name: data.draw(value)}).items() if one != MISSING}
+    parameters = {name: one for name, one in (FITS | {name: data.draw(value)}).items() if one is not MISSING}
 
     async def work(caller: Peer) -> None:
         before = daemon.metrics()
