@@ -49,6 +49,7 @@ class Poll(Struct):
     status: ToolStatus
     chunks: list[Raw]
     first_sequence: int
+    dropped_chunks: int = 0
     result: Raw | UnsetType = UNSET
     result_ref: ResultRef | UnsetType = UNSET
     error: str | UnsetType = UNSET
@@ -152,6 +153,7 @@ class Invocation:
         self._began_s = time.monotonic()
         self._next = 0  # the sequence of the chunk that comes next
         self._missing = 0
+        self._polled = False
         self._proof: Proof | UnsetType = UNSET
         self._writing: asyncio.Task[None] | None = None
 
@@ -223,6 +225,9 @@ class Invocation:
     async def _take(self, poll: Poll) -> bool:
         """Shows what came, for as long as nobody asks for the end; whether that was the last."""
         missing = poll.first_sequence - self._next
+        if not self._polled:  # with a key, somebody may have taken what came before: that is not missing
+            missing = poll.dropped_chunks
+            self._polled = True
         self._missing += missing
         self._next = poll.first_sequence + len(poll.chunks)
         if poll.chunks:

@@ -200,7 +200,9 @@ LONG = Settings().text_bytes + 1
         pytest.param({"error": "m"}, NO_MESSAGE, id="an error that is a string"),
         pytest.param({"error": None}, failed("the answer has neither result nor error"), id="an error that is null"),
         pytest.param({"error": None, "result": 1}, {"status": "succeeded", "result": 1}, id="no error, and a result"),
-        pytest.param({"error": {"message": ""}}, failed(""), id="an empty message"),
+        pytest.param(
+            {"error": {"message": ""}}, failed("the host answered an error without a message"), id="an empty message"
+        ),
         pytest.param(
             {"error": {"code": 1, "message": "x" * LONG}},
             failed(f"it failed, with an error message of {LONG} bytes, more than text_bytes allows ({LONG - 1})"),
