@@ -12,8 +12,8 @@ from tests.fault.zoo import write_zoo
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="process tools need Linux")
 
-ROUNDS = 3
-DRAIN_S = 2.0
+ROUNDS = 2
+DRAIN_S = 4.0  # what a busy machine takes of it must not be all that peers have to read in
 
 
 @pytest.mark.parametrize("number", range(ROUNDS))
