@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from carserver.client.finding import is_loopback
 from carserver.config import Settings
 from carserver.stores.folder import FolderError, default_state_dir
 
@@ -58,16 +59,6 @@ def load_settings(flags: Mapping[str, Any], environ: Mapping[str, str], config: 
     settings = Settings(**{**from_file, **values})
     _check_together(settings)
     return settings
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address to listen on is this machine's own; a name other than localhost is not looked up."""
-    import ipaddress  # noqa: PLC0415 - for a command that listens, not for the others
-
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def _check_together(settings: Settings) -> None:

@@ -10,8 +10,8 @@ import msgspec
 from carserver.cli.output import in_colour, json_data, note
 from carserver.cli.plain import clipped, visible, visible_lines
 from carserver.cli.view_words import reference
-from carserver.client import CallError, ClientError, Traced, TraceReset, trace
-from carserver.client.trace import Opener
+from carserver.client import CallError, ClientError, Traced, TraceReset
+from carserver.client.trace import Opener, trace
 from carserver.protocol.errors import ErrorKind
 
 _TEXT_CHARACTERS = 400  # of an event that is not text itself; the whole is in --json

@@ -20,8 +20,8 @@ from carserver.cli.trace import note_position
 from carserver.cli.view import ansi, record, screen
 from carserver.cli.view_model import RunModel
 from carserver.cli.view_screen import Screen
-from carserver.client import ClientError, Connection, Pauses, Traced, trace
-from carserver.client.trace import PATIENCE_S, Opener
+from carserver.client import ClientError, Connection, Pauses, Traced
+from carserver.client.trace import PATIENCE_S, Opener, trace
 from carserver.protocol.runs import LIVE, Snapshot, Status
 
 TAIL_EVENTS = (

@@ -8,8 +8,9 @@ import asyncio
 import itertools
 import logging
 import os
+import ssl
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any, NamedTuple, TypeVar, overload
 from urllib.parse import urlsplit
@@ -27,12 +28,14 @@ from carserver.protocol.errors import ErrorKind
 FRAME_BYTES = 16 * 1024 * 1024 + 64 * 1024  # the daemon's largest frame, and slack for what is around it
 NOTIFICATIONS = 1_024  # the daemon's own bound for one subscription
 OVERFLOW = 16  # times NOTIFICATIONS are taken in while a call waits for its answer, which comes behind them
+OPEN_S = 10.0  # the daemon's own bound for a handshake
 CLOSE_S = 2.0
 _ABNORMAL = 1006  # RFC 6455, 7.1.5: no close frame came
 
 # websockets prints headers, and so tokens, at DEBUG: this logger's own level keeps that from happening.
 _logger = logging.getLogger("carserver.client.websocket")
 _logger.setLevel(logging.INFO)
+_log = logging.getLogger("carserver.client")
 
 T = TypeVar("T")
 
@@ -42,6 +45,18 @@ class Notification(NamedTuple):
 
     method: str
     params: Raw
+
+
+class Request(NamedTuple):
+    """What the daemon asks of this side: to be answered by `Connection.answer` or `refuse`, once."""
+
+    id: int | str
+    method: str
+    params: Raw
+
+
+Handler = Callable[["Connection", Request], None]
+"""What serves a method of the daemon's: it starts what it takes, and returns at once, for it holds up the reading."""
 
 
 class _Error(Struct):
@@ -70,33 +85,43 @@ _encode = msgspec.json.Encoder().encode
 
 
 @asynccontextmanager
-async def connect(
+async def open_connection(
     url: str,
     token: str | None = None,
-    host_token: str | None = None,
-    open_timeout: float = 10,
     *,
     notifications: int = NOTIFICATIONS,
+    open_timeout: float = OPEN_S,
 ) -> AsyncIterator["Connection"]:
-    """A connection to the daemon at `url`, closed at the end of the `async with`.
+    """A connection to the daemon at `url`, as `dial` makes it, closed at the end of the `async with`."""
+    connection = await dial(url, token, notifications=notifications, open_timeout=open_timeout)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+async def dial(
+    url: str,
+    token: str | None = None,
+    *,
+    notifications: int = NOTIFICATIONS,
+    serves: Mapping[str, Handler] | None = None,
+    open_timeout: float = OPEN_S,
+) -> "Connection":
+    """A connection to the daemon at `url`, which the caller closes.
 
     Args:
         url: `ws://…` or `wss://…`, without a user part.
-        token: the auth token, or an agent's.
-        host_token: instead of `token`.
-        open_timeout: seconds for the connection and the handshake together.
+        token: the auth token, the host's, or an agent's.
         notifications: how many may wait to be taken before reading pauses; 0 throws them away.
+        serves: what the daemon may ask of this side, by method; all else is declined.
+        open_timeout: seconds for the connection and the handshake together.
 
     Raises:
         NotAuthorised: the token is wrong.
         Unreachable: any other reason for which there is no connection.
     """
-    websocket = await _open(url, token if host_token is None else host_token, open_timeout)
-    connection = Connection(websocket, notifications)
-    try:
-        yield connection
-    finally:
-        await connection.close()
+    return Connection(await _open(url, token, open_timeout), notifications, serves)
 
 
 async def _open(url: str, token: str | None, open_timeout: float) -> ClientConnection:
@@ -122,6 +147,8 @@ async def _open(url: str, token: str | None, open_timeout: float) -> ClientConne
         raise Unreachable(f"{url!r} is no WebSocket address: {error.msg}") from None
     except TimeoutError:
         raise Unreachable(f"{url} did not answer within {open_timeout:g} s") from None
+    except ssl.SSLError as error:
+        raise Unreachable(f"no TLS with {url}: {_why_no_tls(error)}") from None
     except OSError as error:
         raise Unreachable(f"cannot connect to {url}: {_why(error)}; is the daemon running?") from None
     except InvalidHandshake as error:
@@ -137,6 +164,14 @@ def _refused(url: str, error: InvalidStatus) -> Exception:
     return Unreachable(f"{url} refused the connection ({status}: {said})")
 
 
+def _why_no_tls(error: ssl.SSLError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted ({error.verify_message})"
+    if error.reason in {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"}:
+        return "what listens there does not speak it; is it ws:// that you mean?"
+    return (error.reason or "the handshake failed").lower().replace("_", " ")
+
+
 def _why(error: OSError) -> str:
     if error.errno is not None and error.errno > 0:
         return os.strerror(error.errno).lower()
@@ -145,14 +180,21 @@ def _why(error: OSError) -> str:
 
 
 class Connection:
-    """Calls may run concurrently; notifications have one reader. Made by `connect`.
+    """Calls may run concurrently; notifications have one reader. Made by `dial`.
 
-    Reading pauses while as many notifications wait as `connect` allows, so the daemon's own flow control works; for
+    Reading pauses while as many notifications wait as `dial` allows, so the daemon's own flow control works; for
     as long as calls wait for their answers it goes on up to OVERFLOW times as many.
     """
 
-    def __init__(self, websocket: ClientConnection, notifications: int = NOTIFICATIONS) -> None:
+    def __init__(
+        self,
+        websocket: ClientConnection,
+        notifications: int = NOTIFICATIONS,
+        serves: Mapping[str, Handler] | None = None,
+    ) -> None:
         self._websocket = websocket
+        self._serves = {} if serves is None else serves
+        self.heard = False  # a message came: whatever is at the other end talks
         self._ids = itertools.count(1)
         self._calls: dict[int, asyncio.Future[Raw]] = {}  # those that are not answered yet
         self._limit = notifications
@@ -166,6 +208,11 @@ class Connection:
             asyncio.create_task(self._read(), name="carserver client: reader"),
             asyncio.create_task(self._watch(), name="carserver client: watcher"),
         ]
+
+    @property
+    def lost(self) -> bool:
+        """Whether it has ended."""
+        return self._lost is not None
 
     @overload
     async def call(self, method: str, params: Any = None, timeout: float | None = None) -> Any: ...  # noqa: ASYNC109
@@ -224,6 +271,31 @@ class Connection:
         except msgspec.ValidationError as error:
             raise ClientError(f"the answer to {method} is not what this client knows: {error}") from None
 
+    async def notify(self, method: str, params: Any) -> None:
+        """Tells the daemon something, and waits until the socket takes it.
+
+        Raises:
+            ConnectionLost: it may have been told, or not.
+        """
+        await self._send(_encode({"jsonrpc": "2.0", "method": method, "params": params}))
+
+    async def answer(self, id_: int | str, result: Any) -> None:
+        """Answers a request of the daemon's.
+
+        Raises:
+            ConnectionLost: nobody waits for the answer any more.
+        """
+        await self._send(_encode({"jsonrpc": "2.0", "id": id_, "result": result}))
+
+    async def refuse(self, id_: int | str, message: str, kind: ErrorKind = ErrorKind.INTERNAL_ERROR) -> None:
+        """Answers a request of the daemon's with an error.
+
+        Raises:
+            ConnectionLost: nobody waits for the answer any more.
+        """
+        error = {"code": kind.code, "message": message, "data": {"type": kind.type}}
+        await self._send(_encode({"jsonrpc": "2.0", "id": id_, "error": error}))
+
     async def notifications(self) -> AsyncGenerator[Notification, None]:
         """What the daemon sends unasked, in its order; ends when this side closes the connection.
 
@@ -241,6 +313,10 @@ class Connection:
                 raise self._lost_again()
             self._news.clear()
             await self._news.wait()
+
+    async def ended(self) -> None:
+        """Waits for the connection's end, by whichever side."""
+        await self._websocket.wait_closed()
 
     async def close(self) -> None:
         """Closes the connection; calls under way end with ConnectionLost. Takes at most CLOSE_S and a little."""
@@ -283,10 +359,11 @@ class Connection:
 
     async def _take(self, message: bytes) -> None:
         frame = _frame_decoder.decode(message)
+        self.heard = True
         if isinstance(frame.method, str):
             # An id of null would be a request too, but no daemon asks without wanting to know which answer it got.
             if frame.id is not None:
-                await self._decline(frame.id, frame.method)
+                await self._serve(Request(frame.id, frame.method, frame.params))
             elif self._limit:
                 await self._keep(Notification(frame.method, frame.params))
         elif isinstance(frame.error, _Error):
@@ -299,17 +376,30 @@ class Connection:
             raise msgspec.ValidationError("neither a request nor a reply")
 
     async def _keep(self, notification: Notification) -> None:
-        while not self._gone and len(self._notifications) >= self._limit * (OVERFLOW if self._calls else 1):
+        while (
+            not self._gone
+            and not self._closing
+            and len(self._notifications) >= self._limit * (OVERFLOW if self._calls else 1)
+        ):
             self._room.clear()
             await self._room.wait()
-        self._notifications.append(notification)
-        self._news.set()
+        if not self._closing:  # then what still comes is read to the close frame behind it, and no more
+            self._notifications.append(notification)
+            self._news.set()
 
-    async def _decline(self, id_: int | str, method: str) -> None:
-        kind = ErrorKind.METHOD_NOT_FOUND
-        error = {"code": kind.code, "message": f"this client does not serve {method}", "data": {"type": kind.type}}
+    async def _serve(self, request: Request) -> None:
+        handler = self._serves.get(request.method)
+        words, kind = f"this client does not serve {request.method}", ErrorKind.METHOD_NOT_FOUND
+        if handler is not None:
+            try:
+                handler(self, request)
+            except Exception:  # noqa: BLE001 - the daemon is told, and the connection lives on
+                _log.exception("serving %s failed", request.method)
+                words, kind = f"this client failed to serve {request.method}", ErrorKind.INTERNAL_ERROR
+            else:
+                return
         with suppress(ConnectionLost):  # the reader is about to learn of it
-            await self._send(_encode({"jsonrpc": "2.0", "id": id_, "error": error}))
+            await self.refuse(request.id, words, kind)
 
     def _fail(self, id_: int | str | None, error: CallError) -> None:
         """An error without an id answers something that the daemon could not read: any of what is under way."""

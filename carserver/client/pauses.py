@@ -28,7 +28,7 @@ class Pauses:
             return False
         # Full jitter, but never none: many clients of a restarted daemon come back one by one.
         wanted = self._next_s * (0.5 + random.random() / 2)  # noqa: S311 - spreads load, hides nothing
-        wait = min(max(wanted, at_least_s), self._left_s)
+        wait = min(at_least_s + wanted, self._left_s)
         self._left_s -= wait
         self._next_s = min(self._next_s * 2, self._longest_s)
         await asyncio.sleep(wait)

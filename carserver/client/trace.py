@@ -3,6 +3,8 @@
 Contract, section 7: the position is cursor and epoch; a subscription that names both goes on from there.
 """
 
+import math
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
@@ -11,12 +13,14 @@ import msgspec
 from msgspec import Raw, Struct
 
 from carserver.client.connection import Connection, Notification
-from carserver.client.errors import ClientError, TraceClosed, TraceReset
+from carserver.client.errors import ClientError, ConnectionLost, TraceClosed, TraceReset
 from carserver.client.pauses import Pauses
+from carserver.protocol.closing import Close
 from carserver.protocol.runs import RunRef, Subscribed
 from carserver.protocol.runs import TraceClosed as ClosedParams
 
 PATIENCE_S = 60.0  # in all, between losing the stream and having it again
+STEADY_S = 5.0  # a stream that held that long was one, though there was nothing to tell
 ANSWER_S = 30.0  # the daemon's storage answers within 25 s or says so
 
 Opener = Callable[[], AbstractAsyncContextManager[Connection]]
@@ -58,17 +62,20 @@ async def trace(
     cursor: int = 0,
     epoch: str | None = None,
     patience_s: float = PATIENCE_S,
+    insist: bool = False,
 ) -> AsyncGenerator[Traced, None]:
     """The records of a run from `cursor` on, as they happen, until the run has ended.
 
-    The first connection is not tried again; once there was one, a lost one is replaced, with growing pauses.
+    A lost connection is replaced, with growing pauses; so is the first, if it does not come about, where one insists.
 
     Args:
         open_connection: makes a connection; called again for each new one.
         run_id: the run.
         cursor: where to begin; other than 0 only together with `epoch`.
         epoch: the log that `cursor` counts in.
-        patience_s: the longest that is waited in all without a record coming through, seconds.
+        patience_s: the longest that is waited in all, from losing the stream to having it again, seconds. One that
+            brings nothing, and does not last, is none.
+        insist: wait for the first connection, too.
 
     Raises:
         TraceReset: the daemon's log is another one than that of `epoch`.
@@ -80,18 +87,22 @@ async def trace(
     pauses = Pauses(patience_s)
     subscribed = False
     while True:
+        since = math.inf
         try:
             async with open_connection() as connection:
                 await _subscribe(connection, run_id, position)
-                subscribed = True
+                subscribed, since = True, time.monotonic()
                 async with aclosing(_records(connection, run_id, position)) as records:
                     async for record in records:
                         pauses.reset()
                         yield record
                         if record.kind == "ended":
                             return
+                raise ConnectionLost(Close.NORMAL, "closed by this side")
         except ClientError as error:
-            if not subscribed or not error.passing or not await pauses.pause():
+            if time.monotonic() - since > STEADY_S:
+                pauses.reset()
+            if not (subscribed or insist) or not error.passing or not await pauses.pause():
                 raise
 
 

@@ -2,15 +2,16 @@
 
 import hashlib
 import hmac
-import re
 from typing import Protocol, TypeVar
 
 from msgspec import Struct
 
+from carserver.protocol import folder
 from carserver.protocol.errors import forbidden, not_found
 from carserver.protocol.server import Role
 
-AGENT_ID = re.compile(r"[A-Za-z0-9._:@ -]{1,128}")
+AGENT_ID = folder.AGENT_ID
+agent_token = folder.agent_token
 
 
 class Principal(Struct, frozen=True):
@@ -77,18 +78,6 @@ class Secrets(Struct, frozen=True):
 
     def __repr__(self) -> str:
         return "Secrets(…)"
-
-
-def agent_token(agent_key: str, agent_id: str) -> str:
-    """`<id>.<mac>`: the token of one agent.
-
-    Raises:
-        ValueError: `agent_id` is not 1 to 128 characters of A-Z a-z 0-9 . _ : @ - and space.
-    """
-    if not AGENT_ID.fullmatch(agent_id):
-        raise ValueError(f"agent id {agent_id!r} must be 1 to 128 characters of A-Z a-z 0-9 . _ : @ - and space")
-    mac = hmac.new(agent_key.encode(), b"agent:" + agent_id.encode(), hashlib.sha256).hexdigest()
-    return f"{agent_id}.{mac}"
 
 
 def same_secret(given: str, right: str) -> bool:

@@ -86,7 +86,9 @@ def _digest(params: AppendOutput, given: TakenIn) -> bytes:
     return hashlib.sha256(orjson.dumps([*said, event], option=orjson.OPT_SORT_KEYS)).digest()
 
 
-@method("outputs.get", pages=True, errors=[NOT_FOUND], example=Example({"id": EXAMPLE_ID}, before=[_APPEND]))
+@method(
+    "outputs.get", again=True, pages=True, errors=[NOT_FOUND], example=Example({"id": EXAMPLE_ID}, before=[_APPEND])
+)
 async def get(session: Session, params: OutputRef) -> OutputRecord:
     """The whole record of an output; the content of a file is for `outputs.read`.
 
@@ -95,7 +97,13 @@ async def get(session: Session, params: OutputRef) -> OutputRecord:
     return (await session.services.outputs.get(params.id, session.acting)).record
 
 
-@method("outputs.latest", pages=True, errors=[NOT_FOUND], example=Example({"artifact": "report"}, before=[_APPEND]))
+@method(
+    "outputs.latest",
+    again=True,
+    pages=True,
+    errors=[NOT_FOUND],
+    example=Example({"artifact": "report"}, before=[_APPEND]),
+)
 async def latest(session: Session, params: LatestOutput) -> OutputRecord:
     """The newest output of the producer `name`, or the newest artifact of the name `artifact`: one of the two.
 
@@ -111,6 +119,7 @@ async def latest(session: Session, params: LatestOutput) -> OutputRecord:
 
 @method(
     "outputs.list",
+    again=True,
     pages=True,
     example=Example({"task_id": "fix-the-tests", "attempt": 1, "limit": 10}, before=[_APPEND]),
 )
@@ -163,6 +172,7 @@ def _read_page(params: ListOutputs) -> tuple[ListOutputs, int]:
 
 @method(
     "outputs.read",
+    again=True,
     pages=True,
     errors=[NOT_FOUND, CONFLICT],
     example=Example({"id": EXAMPLE_ID, "offset": 4, "length": 3}, before=[_APPEND]),

@@ -149,7 +149,7 @@ async def record(session: Session, params: RecordEvents) -> Recorded:
     return recorded
 
 
-@method("runs.get", pages=True, errors=[NOT_FOUND], example=Example({"run_id": RUN}, before=[CREATE]))
+@method("runs.get", again=True, pages=True, errors=[NOT_FOUND], example=Example({"run_id": RUN}, before=[CREATE]))
 async def get(session: Session, params: RunRef) -> Encoded[Snapshot]:
     """The snapshot of a run: its state now."""
     topic = await session.services.runs.topic(params.run_id, session.acting)
@@ -158,6 +158,7 @@ async def get(session: Session, params: RunRef) -> Encoded[Snapshot]:
 
 @method(
     "runs.events",
+    again=True,
     pages=True,
     errors=[NOT_FOUND],
     example=Example({"run_id": RUN, "after": 0, "limit": 2}, before=[CREATE, _RECORD]),
@@ -191,7 +192,7 @@ def _page_limit(given: int | None, default: int, maximum: int) -> int:
     return default if given is None else given
 
 
-@method("runs.list", pages=True, example=Example({"session_id": "demo", "limit": 1}, before=[CREATE]))
+@method("runs.list", again=True, pages=True, example=Example({"session_id": "demo", "limit": 1}, before=[CREATE]))
 async def list_(session: Session, params: ListRuns) -> Encoded[RunPage]:
     """Runs, newest first: one's own, or all of them for the host.
 
@@ -244,6 +245,7 @@ def _read_page(params: ListRuns) -> tuple[ListRuns, Place]:
 
 @method(
     "runs.fail",
+    again=True,
     errors=[NOT_FOUND, FORBIDDEN],
     example=Example({"run_id": RUN, "error": "out of budget"}, before=[CREATE]),
 )
@@ -261,7 +263,12 @@ async def fail(session: Session, params: FailRun) -> Snapshot:
     return failed
 
 
-@method("runs.cancel", errors=[NOT_FOUND], example=Example({"run_id": RUN, "reason": "not needed"}, before=[CREATE]))
+@method(
+    "runs.cancel",
+    again=True,
+    errors=[NOT_FOUND],
+    example=Example({"run_id": RUN, "reason": "not needed"}, before=[CREATE]),
+)
 async def cancel(session: Session, params: CancelRun) -> Cancelled:
     """Cancels a run: one's own, any for the host. Who attends it gets `runs.cancelled`.
 
@@ -278,7 +285,12 @@ async def cancel(session: Session, params: CancelRun) -> Cancelled:
     return cancelled
 
 
-@method("runs.resume", errors=[NOT_FOUND, FORBIDDEN, CONFLICT], example=Example({"run_id": RUN}, before=[CREATE]))
+@method(
+    "runs.resume",
+    again=True,
+    errors=[NOT_FOUND, FORBIDDEN, CONFLICT],
+    example=Example({"run_id": RUN}, before=[CREATE]),
+)
 async def resume(session: Session, params: RunRef) -> Snapshot:
     """Attends a run of one's own again; an interrupted one goes on. One with a final status: `conflict`."""
     command = Resume(run_id=params.run_id, principal=session.acting, now_ms=session.services.clock.now_ms())

@@ -12,19 +12,19 @@ from carserver.rpc.session import Session
 EXAMPLE_PATH = "/var/backups/carserver.db"
 
 
-@method("rpc.discover", while_draining=True, example=Example())
+@method("rpc.discover", again=True, while_draining=True, example=Example())
 def discover(session: Session) -> Encoded[dict[str, Any]]:
     """The OpenRPC 1.3 document of this daemon, generated from its method table; also at `/openrpc.json`."""
     return Encoded(session.services.daemon.discover())
 
 
-@method("server.status", while_draining=True, example=Example())
+@method("server.status", again=True, while_draining=True, example=Example())
 def status(session: Session) -> ServerStatus:
     """The daemon at a glance: version, uptime, boot id, what is open, how much waits for peers, and its storage."""
     return session.services.daemon.status()
 
 
-@method("server.ping", while_draining=True, example=Example())
+@method("server.ping", again=True, while_draining=True, example=Example())
 def ping(session: Session) -> Pong:
     """The daemon's clock, in milliseconds since 1970; a sign of life, and the cheapest call there is."""
     return Pong(now_ms=session.services.clock.now_ms())
@@ -45,7 +45,7 @@ async def backup(session: Session, params: Backup) -> BackedUp:
 
 @method("server.prune", role="host", waits=True, example=Example({"max_runs": 1_000, "dry_run": True}))
 async def prune(session: Session, params: Prune) -> Pruned:
-    """Deletes whole runs that are over, with their outputs, oldest ended first: as many as must go. Never a live run.
+    """Deletes runs that are over, with their outputs, oldest ended first: as many as must go. Never a live run.
 
     `older_than_ms`: those that ended longer ago than that, and outputs without a run that are older. `max_runs`: as
     many as are more than that, live ones counted. `max_bytes`: as many as take more than that, events and inline

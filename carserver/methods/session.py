@@ -9,6 +9,7 @@ from carserver.rpc.session import Session
 
 @method(
     "session.auth",
+    again=True,
     role="anyone",
     while_draining=True,
     errors=[ErrorKind.AUTH_FAILED, ErrorKind.FORBIDDEN],

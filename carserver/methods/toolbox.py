@@ -21,7 +21,7 @@ _GREP = {
 }
 
 
-@method("tools.register", errors=[ErrorKind.CONFLICT], example=Example([_GREP]))
+@method("tools.register", again=True, errors=[ErrorKind.CONFLICT], example=Example([_GREP]))
 async def register(session: Session, params: list[GivenTool]) -> int:
     """Hosts tools on this connection, all of the array or none; the answer is their number.
 
@@ -47,14 +47,14 @@ async def register(session: Session, params: list[GivenTool]) -> int:
     return toolbox.register(session.host_tools(), definitions)
 
 
-@method("tools.unregister", example=Example({"name": "grep"}, before=[("tools.register", [_GREP])]))
+@method("tools.unregister", again=True, example=Example({"name": "grep"}, before=[("tools.register", [_GREP])]))
 def unregister(session: Session, params: ToolRef) -> Unregistered:
     """Hosts a tool no longer: one's own, of this connection. What was invoked goes on."""
     removed = session.services.toolbox.unregister(session.hosting, params.name)
     return Unregistered(unregistered=params.name, removed=removed)
 
 
-@method("tools.list", pages=True, example=Example(before=[("tools.register", [_GREP])]))
+@method("tools.list", again=True, pages=True, example=Example(before=[("tools.register", [_GREP])]))
 def list_(session: Session) -> Encoded[ToolList]:
     """All tools that may be invoked now, by name.
 

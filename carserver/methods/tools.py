@@ -77,6 +77,7 @@ async def call(session: Session, params: InvokeTool) -> Encoded[Called]:
 
 @method(
     "tools.poll",
+    again="after",
     waits="wait_ms",
     pages=True,
     while_draining=True,
@@ -104,7 +105,13 @@ async def poll(session: Session, params: PollTool) -> Replied[Encoded[HandlePoll
     return Replied(Encoded(b"null" if polled is None else polled.answer), replied)
 
 
-@method("tools.cancel", waits="wait_ms", while_draining=True, example=Example({"handle": HANDLE, "wait_ms": 10_000}))
+@method(
+    "tools.cancel",
+    again=True,
+    waits="wait_ms",
+    while_draining=True,
+    example=Example({"handle": HANDLE, "wait_ms": 10_000}),
+)
 async def cancel(session: Session, params: CancelTool) -> ToolCancelled:
     """Cancels a handle: one's own, any for the host. `cancelled` is true for one that is known, finished or not.
 
@@ -125,7 +132,7 @@ def cancel_all(session: Session) -> AllCancelled:
     return AllCancelled(cancelled=session.services.tools.cancel_all(principal, f"cancelled by {principal.name}"))
 
 
-@method("tools.status", while_draining=True, example=Example({"handle": HANDLE}))
+@method("tools.status", again=True, while_draining=True, example=Example({"handle": HANDLE}))
 def status(session: Session, params: HandleRef) -> HandleStatus | None:
     """The status of a handle, and how far its stop is if the daemon stopped it; null where it is unknown.
 
@@ -139,6 +146,7 @@ def status(session: Session, params: HandleRef) -> HandleStatus | None:
 
 @method(
     "tools.handles",
+    again=True,
     errors=[FORBIDDEN],
     pages=True,
     example=Example({}, before=[_TOOL, ("tools.invoke", _INVOKE)]),

@@ -5,7 +5,7 @@ from carserver.rpc.method import Example, Replied, method
 from carserver.rpc.session import Session
 
 
-@method("tools.stream.subscribe", example=Example({}))
+@method("tools.stream.subscribe", again=True, example=Example({}))
 def subscribe(session: Session, params: StreamRef) -> Replied[StreamSubscribed]:
     """Sends the chunks of a handle as they come, by `tools.stream.event`; without `handle`, of all that one sees.
 
@@ -36,9 +36,9 @@ def subscribe(session: Session, params: StreamRef) -> Replied[StreamSubscribed]:
     return Replied(StreamSubscribed(), replied)
 
 
-@method("tools.stream.unsubscribe", example=Example({}, before=[("tools.stream.subscribe", {})]))
+@method("tools.stream.unsubscribe", again=True, example=Example({}, before=[("tools.stream.subscribe", {})]))
 def unsubscribe(session: Session, params: StreamRef) -> StreamUnsubscribed:
-    """Ends what a `tools.stream.subscribe` with the same params began; `removed` is false where there was nothing."""
+    """Ends what a `tools.stream.subscribe` with the same params began; `removed`: whether there was anything."""
     stream = session.tool_stream
     return StreamUnsubscribed(
         removed=stream is not None and session.services.tools.streams.unfollow(stream, params.handle)

@@ -10,6 +10,7 @@ from carserver.rpc.session import Session
 
 @method(
     "runs.trace.subscribe",
+    again=True,
     pages=True,
     errors=[ErrorKind.NOT_FOUND],
     example=Example({"run_id": RUN}, before=[CREATE]),
@@ -52,7 +53,7 @@ async def subscribe(session: Session, params: SubscribeTrace) -> Replied[Encoded
     return Replied(Encoded(reply), replied)
 
 
-@method("runs.trace.unsubscribe", example=Example({"run_id": RUN}))
+@method("runs.trace.unsubscribe", again=True, example=Example({"run_id": RUN}))
 def unsubscribe(session: Session, params: RunRef) -> Unsubscribed:
     """Ends the subscription to a run; `removed` is false where there was none."""
     subscription = session.subscriptions.get(params.run_id)

@@ -6,7 +6,7 @@ from carserver.rpc.method import Example, Replied, method
 from carserver.rpc.session import Session
 
 
-@method("runs.watch", example=Example({"session_id": "demo"}))
+@method("runs.watch", again=True, example=Example({"session_id": "demo"}))
 def watch(session: Session, params: RunFilters) -> Replied[Watching]:
     """Tells of every run that appears or changes, by `runs.changed` with its snapshot: one's own, all for the host.
 
@@ -34,7 +34,7 @@ def watch(session: Session, params: RunFilters) -> Replied[Watching]:
     return Replied(Watching(), replied)
 
 
-@method("runs.unwatch", example=Example(before=[CREATE, ("runs.watch", {"session_id": "demo"})]))
+@method("runs.unwatch", again=True, example=Example(before=[CREATE, ("runs.watch", {"session_id": "demo"})]))
 def unwatch(session: Session) -> Unwatched:
     """Ends the watch; `removed` is false where there was none."""
     watching, session.watch = session.watch, None

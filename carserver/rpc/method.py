@@ -77,6 +77,7 @@ class Method:
     errors: frozenset[ErrorKind] = frozenset()
     waits: bool | str = False  # a name: of the param that makes it wait where it is not 0
     pages: bool = False
+    again: bool | str = False  # a name: of the param with which it is harmless to send it twice
     while_draining: bool = False
     example: Example = _NO_EXAMPLE
     names: tuple[str, ...] = ()  # the params that are names: their length and characters are bounded by a setting
@@ -155,6 +156,7 @@ class Method:
 
 
 _SHORT_OBJECTS = 8  # brackets in params that need not be looked at for how deep they nest; arrays: `read_short`
+_KEYS = ("idempotency_key", "batch_id")  # params by which the daemon knows that it has done a request already
 _NEVER: "msgspec.json.Decoder[Any]" = msgspec.json.Decoder(Literal["never"])
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -168,6 +170,7 @@ def method(
     errors: Iterable[ErrorKind] = (),
     waits: bool | str = False,
     pages: bool = False,
+    again: bool | str = False,
     while_draining: bool = False,
     example: Example = _NO_EXAMPLE,
 ) -> Callable[[F], F]:
@@ -184,11 +187,15 @@ def method(
             of a param: it waits where that is not 0, and is a short one where it is.
         pages: Its answer may be as large as a page: the peer's next request waits until there is room for it, unless
             this one waits on someone.
+        again: A client whose connection was lost before the answer may send it again on the next one: nothing more
+            comes of twice than of once. The name of a param: where that is given. What takes an `idempotency_key` or a
+            `batch_id` need not say so.
         while_draining: It is answered while the daemon drains.
         example: For the documents.
 
     Raises:
-        TypeError: no docstring, a signature that is not `(session, params) -> result`, or `waits` of what cannot.
+        TypeError: no docstring, a signature that is not `(session, params) -> result`, `waits` of what cannot, or
+            `again` by a param that there is not.
     """
 
     def declare(function: F) -> F:
@@ -200,6 +207,9 @@ def method(
         is_async = inspect.iscoroutinefunction(function)
         if waits and not (is_async and (waits is True or (is_struct and waits in _field_names(params)))):
             raise TypeError(f"method {name!r}: waits={waits!r} wants a coroutine function, and a param of that name")
+        fields = _field_names(params) if is_struct else None if params is not None else ()
+        if isinstance(again, str) and again not in (fields or ()):
+            raise TypeError(f"method {name!r}: again={again!r} wants a param of that name")
         function.method = Method(  # type: ignore[attr-defined]  # the declaration stays with the function
             name=name,
             call=function,
@@ -211,13 +221,14 @@ def method(
             errors=frozenset(errors),
             waits=waits,
             pages=pages,
+            again=next((key for key in _KEYS if key in (fields or ())), again),
             names=_names(params) if is_struct else (),
             while_draining=while_draining,
             example=example,
             strict=_NOTHING if params is None else _strict_decoder(params) if is_struct else _NEVER,
             exact=msgspec.json.Decoder(params) if is_struct else None,
             is_async=is_async,
-            fields=_field_names(params) if is_struct else None if params is not None else (),
+            fields=fields,
             decoder=msgspec.json.Decoder(params) if _mentions_raw(params) else None,
         )
         return function

@@ -7,7 +7,6 @@ into a message.
 import contextlib
 import fcntl
 import os
-import re
 import secrets as random
 import stat
 import time
@@ -15,21 +14,17 @@ from pathlib import Path
 from typing import Literal, Self
 
 import msgspec
-from msgspec import Struct
 
 from carserver.config import Settings
 from carserver.core.principals import Secrets, same_secret
+from carserver.protocol.folder import AGENT_KEY, AUTH_TOKEN, ENDPOINT, HOST_TOKEN, LOCK, SMALL, Endpoint, token_problem
 
 SecretName = Literal["auth-token", "host-token", "agent-key"]
 TokenSetting = Literal["auth_token", "host_token"]
-SECRET_NAMES: tuple[SecretName, ...] = ("auth-token", "host-token", "agent-key")
+SECRET_NAMES: tuple[SecretName, ...] = (AUTH_TOKEN, HOST_TOKEN, AGENT_KEY)
 
-_LOCK = "lock"
-_ENDPOINT = "endpoint.json"
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
-_SMALL = 64 * 1024  # bytes: no file that is read here is larger by right
-_WRONG_IN_TOKEN = re.compile(r"[^\x21-\x7e]")  # what a header cannot carry as it stands
-_PROBES = 10  # `is_held` takes the lock for an instant; a refusal counts only when it outlasts that
+_PROBES = 10  # who looks whether it is held takes the lock for an instant; a refusal counts when it outlasts that
 _PROBE_S = 0.01
 
 
@@ -43,14 +38,6 @@ class FolderHeld(FolderError):
 
 class SecretSettingError(FolderError):
     """A setting that overrides a secret cannot be used: a mistake in the configuration, not in the folder."""
-
-
-class Endpoint(Struct, frozen=True):
-    """Where a daemon listens: the content of `endpoint.json`."""
-
-    url: str
-    pid: int
-    boot_id: str
 
 
 def default_state_dir() -> Path:
@@ -113,9 +100,9 @@ class StateFolder:
             return
         self.prepare()
         try:
-            fd = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            fd = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise FolderError(f"cannot open {self.path / _LOCK}: {_why(error)}") from None
+            raise FolderError(f"cannot open {self.path / LOCK}: {_why(error)}") from None
         try:
             self._take(fd)
         except BaseException:
@@ -130,22 +117,6 @@ class StateFolder:
             os.ftruncate(fd, 0)
             os.close(fd)
 
-    def is_held(self) -> bool:
-        """Whether a daemon holds the folder, in this process or another. Creates nothing."""
-        if self._lock_fd is not None:
-            return True
-        try:
-            fd = os.open(self.path / _LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two that only look do not see each other
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(fd)
-        return False
-
     def _take(self, fd: int) -> None:
         for attempt in range(_PROBES):
             try:
@@ -156,7 +127,7 @@ class StateFolder:
                     raise FolderHeld(self._held_message(fd)) from None
                 time.sleep(_PROBE_S)
             except OSError as error:
-                raise FolderError(f"cannot lock {self.path / _LOCK}: {_why(error)}; use a local disk") from None
+                raise FolderError(f"cannot lock {self.path / LOCK}: {_why(error)}; use a local disk") from None
         pid = b"%d\n" % os.getpid()
         try:
             os.pwrite(fd, pid, 0)  # over the one before: that needs no room
@@ -183,11 +154,11 @@ class StateFolder:
             FolderError: a file others may read, a blank one, or one token for both client and host.
         """
         self.prepare()
-        auth = configured_token(settings, "auth_token") or self._made("auth-token")
-        host = configured_token(settings, "host_token") or self._made("host-token")
+        auth = configured_token(settings, "auth_token") or self._made(AUTH_TOKEN)
+        host = configured_token(settings, "host_token") or self._made(HOST_TOKEN)
         if same_secret(auth, host):
             raise FolderError("auth token and host token are the same: give two, or leave one of them to be made")
-        return Secrets(auth_token=auth, host_token=host, agent_key=self._made("agent-key"))
+        return Secrets(auth_token=auth, host_token=host, agent_key=self._made(AGENT_KEY))
 
     def read_secret(self, name: SecretName) -> str | None:
         """The secret in the folder's file of that name, or None where there is none.
@@ -207,8 +178,8 @@ class StateFolder:
             if not stat.S_ISREG(found.st_mode):
                 raise FolderError(f"{path} is not a regular file: remove it, and a new one is made at the next start")
             self._check_owner(path, found, "chmod 600")
-            content = file.read(_SMALL)
-        if problem := _token_problem(token := _text(content)):
+            content = file.read(SMALL)
+        if problem := token_problem(token := _text(content)):
             raise FolderError(f"{path} {problem}: remove it, and a new one is made at the next start")
         return token
 
@@ -253,20 +224,20 @@ class StateFolder:
         Raises:
             FolderError: the disk refused.
         """
-        self._replace(_ENDPOINT, msgspec.json.encode(Endpoint(url, pid, boot_id)) + b"\n")
+        self._replace(ENDPOINT, msgspec.json.encode(Endpoint(url, pid, boot_id)) + b"\n")
 
     def read_endpoint(self) -> Endpoint | None:
         """Where the daemon of this folder listens, or did when it was killed; None where nothing readable says so."""
         try:
-            with (self.path / _ENDPOINT).open("rb") as file:
-                return msgspec.json.decode(file.read(_SMALL), type=Endpoint)
+            with (self.path / ENDPOINT).open("rb") as file:
+                return msgspec.json.decode(file.read(SMALL), type=Endpoint)
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None
 
     def remove_endpoint(self) -> None:
         """Takes back what `write_endpoint` said; harmless when it is gone."""
         with contextlib.suppress(OSError):
-            (self.path / _ENDPOINT).unlink()
+            (self.path / ENDPOINT).unlink()
 
     # ------------------------------------------------------------------------------------------------ the files
 
@@ -328,7 +299,7 @@ def configured_token(settings: Settings, setting: TokenSetting) -> str | None:
         token, where = _token_of_file(file, file_setting), f"{file_setting} ({file})"
     else:
         return None
-    if problem := _token_problem(token):
+    if problem := token_problem(token):
         raise SecretSettingError(f"{where} {problem}: give a token, or leave {setting} unset to have one made")
     return token
 
@@ -339,18 +310,9 @@ def _token_of_file(file: str, setting: str) -> str:
         raise SecretSettingError(f"{setting} is blank: name a file, or leave it unset")
     try:
         with Path(file).open("rb") as opened:
-            return _text(opened.read(_SMALL))
+            return _text(opened.read(SMALL))
     except OSError as error:
         raise SecretSettingError(f"{setting}: cannot read {file}: {_why(error)}") from None
-
-
-def _token_problem(token: str) -> str | None:
-    """What is wrong with a token, in words that do not show it."""
-    if not token:
-        return "is blank"
-    if _WRONG_IN_TOKEN.search(token):
-        return "has spaces, control characters or others that no header takes"
-    return None
 
 
 def _text(content: bytes) -> str:

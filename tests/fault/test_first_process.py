@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from carserver.client.finding import is_held
 from carserver.stores.folder import StateFolder
 from tests.fault.container import children
 from tests.fault.processes import command, environment
@@ -83,7 +84,7 @@ def test_an_orphan_that_ends_is_no_zombie_for_long_and_the_daemon_goes_on(start:
         pass
     (daemon,) = until_children(first, 1)
     assert daemon in daemon_and_orphan
-    assert StateFolder(tmp_path / "state").is_held()
+    assert is_held(tmp_path / "state")
     os.kill(first, signal.SIGTERM)
     assert process.wait(WAIT_S) == 0
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from carserver.stores.folder import StateFolder
+from carserver.client.finding import is_held
 from tests.daemon import Daemon
 from tests.fault.processes import carserver, serve
 from tests.peer import peer
@@ -94,7 +94,7 @@ def test_a_taken_port_is_one_clear_line_and_exit_1_and_the_folder_is_free_again(
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in line
     assert "--port" in line
     assert (tmp_path / "state" / "lock").read_bytes() == b""  # given back, not only dropped by the process's end
-    assert not StateFolder(tmp_path / "state").is_held()
+    assert not is_held(tmp_path / "state")
 
 
 def test_the_port_of_a_daemon_on_another_folder_is_taken_too(daemon: Daemon) -> None:

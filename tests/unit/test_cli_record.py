@@ -15,7 +15,7 @@ import pytest
 from carserver.cli import lines as lines_module
 from carserver.cli.lines import TEXT_CHARACTERS, LineError, Reader, batches
 from carserver.cli.record import Recorder, RunStopped
-from carserver.client import CallError, ConnectionLost, Pauses, Unreachable, connect
+from carserver.client import CallError, ConnectionLost, Pauses, Unreachable, open_connection
 from carserver.protocol.errors import conflict, invalid_params, not_found, unavailable
 from tests.unit.fakedaemon import PATIENCE_S, FakeDaemon, Session, Unanswered, snapshot
 
@@ -217,7 +217,7 @@ class Store:
 def recorder(url: str, run_id: str | None = None, patience_s: float = 5.0) -> tuple[Recorder, list[str]]:
     begun: list[str] = []
     pauses = Pauses(patience_s, first_s=0.001, longest_s=0.01)
-    return Recorder(lambda: connect(url), run_id, {"prompt": "p"}, begun.append, pauses), begun
+    return Recorder(lambda: open_connection(url), run_id, {"prompt": "p"}, begun.append, pauses), begun
 
 
 def noticed(daemon: FakeDaemon, method: str) -> asyncio.Event:

@@ -22,9 +22,9 @@ from carserver.client import (
     Traced,
     TraceReset,
     Unreachable,
-    connect,
-    trace,
+    open_connection,
 )
+from carserver.client.trace import trace
 from carserver.protocol.errors import conflict, unavailable
 from carserver.protocol.runs import Cancelled
 from tests.unit.fakedaemon import (
@@ -59,7 +59,7 @@ def silence(session: Session, params: Any) -> Any:
 def test_a_call_returns_the_result_decoded_or_typed_or_as_it_came() -> None:
     async def test() -> None:
         with FakeDaemon({"m": lambda _, params: params, "c": {"cancelled": True, "status": "cancelled"}}) as daemon:
-            async with connect(daemon.url) as car:
+            async with open_connection(daemon.url) as car:
                 assert await car.call("m", {"a": [1, None]}) == {"a": [1, None]}
                 assert await car.call("m", [2**70]) == [2**70]
                 assert await car.call("m") is None
@@ -75,7 +75,7 @@ def test_a_call_returns_the_result_decoded_or_typed_or_as_it_came() -> None:
 def test_calls_run_concurrently_and_each_gets_its_own_answer() -> None:
     async def test() -> None:
         with FakeDaemon({"m": lambda _, params: params}) as daemon:
-            async with connect(daemon.url) as car:
+            async with open_connection(daemon.url) as car:
                 assert await asyncio.gather(*(car.call("m", [n]) for n in range(50))) == [[n] for n in range(50)]
 
     go(test())
@@ -87,7 +87,7 @@ def test_an_error_of_the_daemon_is_raised_with_its_type_and_data() -> None:
 
     async def test() -> None:
         with FakeDaemon({"m": refuse}) as daemon:
-            async with connect(daemon.url) as car:
+            async with open_connection(daemon.url) as car:
                 with pytest.raises(CallError, match="there is one") as caught:
                     await car.call("m")
         error = caught.value
@@ -103,7 +103,7 @@ def test_an_error_without_an_id_ends_the_calls_under_way() -> None:
 
     async def test() -> None:
         with FakeDaemon({"m": unread}) as daemon:
-            async with connect(daemon.url) as car:
+            async with open_connection(daemon.url) as car:
                 with pytest.raises(CallError, match="not JSON"):
                     await car.call("m")
 
@@ -113,7 +113,7 @@ def test_an_error_without_an_id_ends_the_calls_under_way() -> None:
 def test_a_call_without_an_answer_times_out_and_the_connection_lives_on() -> None:
     async def test() -> None:
         with FakeDaemon({"silent": silence, "m": 1}) as daemon:
-            async with connect(daemon.url) as car:
+            async with open_connection(daemon.url) as car:
                 with pytest.raises(CallTimeout, match=r"silent was not answered within 0.01 s"):
                     await car.call("silent", timeout=0.01)
                 assert await car.call("m") == 1
@@ -124,13 +124,11 @@ def test_a_call_without_an_answer_times_out_and_the_connection_lives_on() -> Non
 def test_the_token_goes_into_the_upgrade_and_a_wrong_one_is_not_authorised() -> None:
     async def test() -> None:
         with FakeDaemon({"m": 1}, token="a b.right") as daemon:
-            async with connect(daemon.url, "a b.right") as car:
-                await car.call("m")
-            async with connect(daemon.url, host_token="a b.right") as car:
+            async with open_connection(daemon.url, "a b.right") as car:
                 await car.call("m")
             for wrong in ("wrong-one", None, "bad\r\nHeader: x"):
                 with pytest.raises(NotAuthorised) as caught:
-                    async with connect(daemon.url, wrong):
+                    async with open_connection(daemon.url, wrong):
                         pass
                 assert not wrong or wrong not in str(caught.value)
 
@@ -150,7 +148,7 @@ def test_a_daemon_that_is_not_there_or_refuses_is_unreachable() -> None:
                 ("ws://user:secret@127.0.0.1:1", "user part"),
             ]:
                 with pytest.raises(Unreachable, match=message) as caught:
-                    async with connect(url):
+                    async with open_connection(url):
                         pass
                 assert "secret" not in str(caught.value)
 
@@ -162,7 +160,7 @@ def test_a_listener_that_never_answers_is_unreachable_after_the_timeout() -> Non
         with socket.create_server(("127.0.0.1", 0)) as mute:
             url = f"ws://127.0.0.1:{mute.getsockname()[1]}"
             with pytest.raises(Unreachable, match=r"did not answer within 0.05 s"):
-                async with connect(url, open_timeout=0.05):
+                async with open_connection(url, open_timeout=0.05):
                     pass
 
     go(test())
@@ -176,7 +174,7 @@ def test_a_lost_connection_ends_every_pending_call_and_the_notifications() -> No
 
     async def test() -> None:
         with FakeDaemon({"silent": silence, "leave": leave}) as daemon:
-            async with connect(daemon.url) as car:
+            async with open_connection(daemon.url) as car:
                 calls = [asyncio.create_task(car.call(method)) for method in ("silent", "silent", "leave")]
                 for outcome in await asyncio.gather(*calls, return_exceptions=True):
                     assert isinstance(outcome, ConnectionLost)
@@ -194,7 +192,7 @@ def test_a_lost_connection_ends_every_pending_call_and_the_notifications() -> No
 def test_closing_ends_pending_calls_and_ends_the_notifications_quietly() -> None:
     async def test() -> None:
         with FakeDaemon({"silent": silence, "m": 1}) as daemon:
-            async with connect(daemon.url) as car:
+            async with open_connection(daemon.url) as car:
                 call = asyncio.create_task(car.call("silent"))
                 assert await car.call("m") == 1
             with pytest.raises(ConnectionLost, match="closed by this side"):
@@ -212,7 +210,7 @@ def test_what_is_not_json_rpc_ends_the_connection() -> None:
     async def test() -> None:
         with FakeDaemon({"m": babble}) as daemon:
             for text in ("{", "[]", '{"jsonrpc":"2.0"}', "[" * 5_000):
-                async with connect(daemon.url) as car:
+                async with open_connection(daemon.url) as car:
                     with pytest.raises(ConnectionLost, match="does not speak JSON-RPC"):
                         await car.call("m", [text])
 
@@ -226,7 +224,7 @@ def test_a_request_of_the_daemon_is_declined_with_its_own_id() -> None:
 
     async def test() -> None:
         with FakeDaemon({"m": ask}) as daemon:
-            async with connect(daemon.url) as car:
+            async with open_connection(daemon.url) as car:
                 await car.call("m")
                 assert await asyncio.to_thread(daemon.replied.wait, PATIENCE_S)
             assert daemon.frames[0]["id"] == "q-1"
@@ -243,12 +241,12 @@ def test_notifications_come_in_order_and_a_connection_may_throw_them_away() -> N
 
     async def test() -> None:
         with FakeDaemon({"m": burst}) as daemon:
-            async with connect(daemon.url) as car:
+            async with open_connection(daemon.url) as car:
                 await car.call("m")
                 async with aclosing(car.notifications()) as notifications:
                     taken = [int(bytes((await anext(notifications)).params)) for _ in range(100)]
                 assert taken == list(range(100))
-            async with connect(daemon.url, notifications=0) as car:
+            async with open_connection(daemon.url, notifications=0) as car:
                 await car.call("m")
                 assert not car._notifications
 
@@ -276,7 +274,7 @@ def test_a_full_queue_stops_the_reading_until_somebody_takes(monkeypatch: pytest
 
     async def test() -> None:
         with FakeDaemon({"m": burst}) as daemon:
-            async with connect(daemon.url, notifications=4) as car:
+            async with open_connection(daemon.url, notifications=4) as car:
                 await car.call("m")
                 await paused.wait()
                 assert len(car._notifications) == 4
@@ -294,7 +292,7 @@ def test_a_call_gets_its_answer_from_behind_more_notifications_than_the_queue_ho
 
     async def test() -> None:
         with FakeDaemon({"m": burst}) as daemon:
-            async with connect(daemon.url, notifications=4) as car:
+            async with open_connection(daemon.url, notifications=4) as car:
                 assert await car.call("m") == "behind"
 
     go(test())
@@ -305,7 +303,7 @@ def test_a_token_is_not_logged_even_at_debug(caplog: pytest.LogCaptureFixture) -
 
     async def test() -> None:
         with FakeDaemon({"m": 1}) as daemon:
-            async with connect(daemon.url, "token-8675309") as car:
+            async with open_connection(daemon.url, "token-8675309") as car:
                 await car.call("m")
 
     go(test())
@@ -347,7 +345,7 @@ class Log:
 
 
 def opener(url: str) -> Opener:
-    return lambda: connect(url)
+    return lambda: open_connection(url)
 
 
 async def collect(records: AsyncIterator[Traced]) -> list[tuple[str, int]]:
@@ -438,7 +436,7 @@ def test_a_trace_waits_for_a_daemon_that_drains_and_one_that_is_away() -> None:
             async def flaky() -> AsyncIterator[Connection]:
                 if next(attempts) == 1:
                     raise Unreachable("away")
-                async with connect(daemon.url) as car:
+                async with open_connection(daemon.url) as car:
                     yield car
 
             records = await collect(trace(flaky, "run-1"))
@@ -493,6 +491,6 @@ def test_pauses_grow_stay_within_what_is_left_and_begin_anew_after_a_reset(monke
         assert max(slept) <= 0.01
         pauses.reset()
         assert await pauses.pause(at_least_s=0.5)
-        assert slept[-1] == 0.5
+        assert 0.5 < slept[-1] <= 0.501, "what was asked for, and a little that differs from client to client"
 
     asyncio.run(test())
