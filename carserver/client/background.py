@@ -75,7 +75,11 @@ class Background:
 
     def _serve(self, ready: "Future[asyncio.AbstractEventLoop]") -> None:
         with asyncio.Runner() as runner:  # which at its end cancels the tasks that are left, and waits for them
-            loop = runner.get_loop()
+            try:
+                loop = runner.get_loop()
+            except BaseException as error:  # noqa: BLE001 - no file descriptors: who started this waits to hear of it
+                ready.set_exception(error)
+                return
             asyncio.set_event_loop(loop)
             ready.set_result(loop)
             loop.run_forever()

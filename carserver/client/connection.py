@@ -325,9 +325,13 @@ class Connection:
         try:
             # asyncio's (3.11), where websockets aborts a transport that is gone already: a daemon that
             # went away in the middle of a long message.
-            with suppress(AttributeError):
-                await self._websocket.close()
+            with suppress(AttributeError, TimeoutError):
+                # websockets' own bound does not hold while it waits for room in a socket that nobody reads from.
+                async with asyncio.timeout(CLOSE_S + 1.0):
+                    await self._websocket.close()
         finally:
+            with suppress(AttributeError):
+                self._websocket.transport.abort()  # no more than a no-op where it is closed
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)

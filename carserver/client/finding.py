@@ -281,14 +281,14 @@ def _configured(setting: TokenSetting, value: str | None, file: str | None) -> s
 
 
 def _checked_url(url: str) -> str:
+    # Before anything that may fail: what fails shows the address.
+    if "@" in url.partition("//")[2].partition("/")[0] or "@" in url.partition("/")[0]:
+        raise Misconfigured("an address with a user part is not accepted: tokens never stand in it")
     try:
         parts = urlsplit(url)
         fine = parts.scheme in {"ws", "wss"} and bool(parts.hostname) and parts.port != 0
     except ValueError:
         fine = False
-        parts = None
-    if parts is not None and "@" in parts.netloc:
-        raise Misconfigured("an address with a user part is not accepted: tokens never stand in it")
     if not fine:
         raise Misconfigured(f"{url!r} is no address of a daemon: write ws://HOST:PORT")
     return url

@@ -173,16 +173,16 @@ class Recorder:
             taken += self._buffer.put(entries[taken:], whole=not self._waits)
             return taken == len(entries)
 
-        self._block(put)
+        self._block(put, lambda: taken)
 
     def write_blocking(self, pieces: Sequence[bytes]) -> None:
         """As `write`, likewise."""
         self._check()
         at_ms = now_ms()
-        for piece in pieces:
-            self._block(partial(self._buffer.write, piece, at_ms))
+        for taken, piece in enumerate(pieces):
+            self._block(partial(self._buffer.write, piece, at_ms), partial(int, taken))
 
-    def _block(self, put: Callable[[], bool]) -> None:
+    def _block(self, put: Callable[[], bool], taken: Callable[[], int]) -> None:
         while True:
             self._check_broken()
             changes = self._buffer.changes
@@ -191,7 +191,7 @@ class Recorder:
             if done:
                 return
             if not self._waits or not self._buffer.wait(changes, self._patience_s):
-                raise self._full()
+                raise self._full(taken())
 
     async def flush(self, patience_s: float) -> None:
         """Waits until what was recorded before is durable.

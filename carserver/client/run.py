@@ -248,7 +248,10 @@ class Run:
             raise
         finally:
             self._leave()
+            recorder.give_up("its block had ended")  # who still waits for room is told, and waits no longer
             await recorder.stop()
+        if trouble is None and (late := recorder.unrecorded("recorded while its block ended")).events:
+            trouble = late  # by who was waiting for room, and was told that it is recorded
         if trouble is not None:
             if error is None:
                 raise trouble

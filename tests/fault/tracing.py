@@ -75,8 +75,7 @@ async def trace_round(daemon: Daemon, chance: random.Random, figures: Figures) -
             reader = work.create_task(read())
             await first.wait()
             proxy.cut_all()  # with nothing but the beginning told: which must not be told again
-            await _produce(daemon, proxy, run_id, wanted, chance)
-            figures.kills += KILLS
+            figures.kills += await _produce(daemon, proxy, run_id, wanted, chance)
             await reader
     figures.rounds += 1
     figures.records += len(records)
@@ -96,10 +95,14 @@ def _events(chance: random.Random) -> Iterator[dict[str, Any]]:
     yield {"type": "agent_end", "text": "counted"}
 
 
-async def _produce(daemon: Daemon, proxy: Cutting, run_id: str, events: Wanted, chance: random.Random) -> None:
-    """Records all of it, batch by batch; what was not acknowledged when the daemon was killed is sent again."""
+async def _produce(daemon: Daemon, proxy: Cutting, run_id: str, events: Wanted, chance: random.Random) -> int:
+    """Records all of it, batch by batch; what was not acknowledged when the daemon was killed is sent again.
+
+    How often it was killed.
+    """
     batches = _batches(run_id, events, chance)
-    kills = set(chance.sample(range(len(batches)), KILLS))
+    killed = 0
+    kills = set(chance.sample(range(1, len(batches) + 1), KILLS))
     while batches:
         with contextlib.suppress(ConnectionError, ConnectionClosed):
             async with peer(daemon) as producer:
@@ -108,8 +111,10 @@ async def _produce(daemon: Daemon, proxy: Cutting, run_id: str, events: Wanted, 
                     if len(batches) in kills:
                         kills.remove(len(batches))
                         await _kill(daemon, proxy, chance)
+                        killed += 1
                     await recorded
                     batches.pop(0)
+    return killed
 
 
 def _batches(run_id: str, events: Wanted, chance: random.Random) -> list[dict[str, Any]]:

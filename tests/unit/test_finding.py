@@ -132,6 +132,8 @@ def test_a_folders_token_that_others_may_read_or_that_is_no_file_is_told_of(
         ({"url": "http://a:1"}, {}, "'http://a:1' is no address of a daemon: write ws://HOST:PORT"),
         ({"url": "ws://a:99999"}, {}, "is no address"),
         ({"url": "ws://x:y@a:1"}, {}, "user part"),
+        ({"url": "ws://x:y@a:99999"}, {}, "user part"),
+        ({"url": "ws://x:y@[a"}, {}, "user part"),
         ({}, {"CARSERVER_URL": "ws://"}, "is no address"),
         ({"token": "a", "host_token": "b"}, {}, "token and host_token are both given"),
         ({"host_token": "b", "agent_id": "c"}, {}, "the host is no agent"),

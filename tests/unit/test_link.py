@@ -120,6 +120,7 @@ async def test_a_wait_ends_with_the_patience_and_the_reason_and_the_link_lives_o
         await link.open()
         find.failure = Unreachable("the daemon of /state is not running")
         await lose(link)
+        await until(lambda: link.failure is find.failure)  # or the reason may still be the loss
         with pytest.raises(Unreachable, match=r"no connection within 0.05 s: the daemon of /state is not running"):
             await link.connection()
         find.failure = None

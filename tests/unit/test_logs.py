@@ -24,12 +24,14 @@ from tests.unit.fakedaemon import snapshot
 @contextlib.contextmanager
 def logging_to(handler: LoggingHandler, name: str = "agent") -> Iterator[logging.Logger]:
     logger = logging.getLogger(name)
+    before = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
     try:
         yield logger
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def entries(car: FakeCar) -> list[dict[str, Any]]:

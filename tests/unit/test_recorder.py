@@ -300,6 +300,20 @@ async def test_who_waits_for_room_that_does_not_come_is_told_how_much_was_taken_
         await agent()
 
 
+async def test_a_thread_is_told_how_much_was_taken_in_too() -> None:
+    car = FakeCar(patience_s=0.05)
+
+    async def agent() -> None:
+        async with run_of(car, buffer_events=10) as run:
+            car.open.clear()
+            with pytest.raises(BufferFull) as caught:
+                await asyncio.to_thread(run.record_from_thread, *numbered(14))
+            assert caught.value.taken == 10
+
+    with pytest.raises(NotRecorded, match="11 events"):
+        await agent()
+
+
 async def test_who_waits_for_room_is_told_when_recording_ends() -> None:
     car = FakeCar()
 

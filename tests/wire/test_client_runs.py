@@ -29,7 +29,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 END = {"type": "agent_end", "text": ""}
 
 
-PATIENCE_S = 20.0  # a daemon of ours is back sooner
+PATIENCE_S = 45.0  # a daemon of ours is back sooner, on a busy machine, too
 
 
 class Finder:
@@ -144,7 +144,7 @@ async def test_events_wait_while_the_daemon_is_away_and_so_does_the_end_of_the_b
 
 async def test_a_daemon_that_does_not_come_back_is_told_of_with_the_number_of_events(daemon: Daemon) -> None:
     async def agent() -> None:
-        async with car_of(daemon) as car, run_of(car, patience_s=0.5) as run:
+        async with car_of(daemon) as car, run_of(car, patience_s=2.0) as run:
             await asyncio.to_thread(daemon.kill)
             await run.record(*numbered(7))
 
