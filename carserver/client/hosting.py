@@ -221,7 +221,3 @@ class Hosting:
         if connection is not None:
             calls = [connection.call("tools.unregister", {"name": name}) for name in self._registered]
             await asyncio.gather(*calls, return_exceptions=True)
-
-
-async def _ask(connection: Connection, tools: list[Tool]) -> None:
-    await connection.call("tools.register", [tool.given for tool in tools], ANSWER_S, result_type=int)
