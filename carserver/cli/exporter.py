@@ -1,8 +1,9 @@
 """`carserver export`: everything that the daemon keeps as JSON lines, through its public protocol alone.
 
-A run's lines are the snapshot that its subscription came with, and exactly as many events as that says. Several runs
-are fetched at a time and written in their order; one that is fetched ahead of its turn and is large is fetched again
-when its turn has come, so memory is bounded.
+A run's lines are the snapshot that its subscription came with, and exactly as many events as that says. The stream has
+an agent's turns without their times: these are asked for, a page at a time. Several runs are fetched at a time and
+written in their order; one that is fetched before its place and is large is fetched again when that has come, so memory
+is bounded.
 """
 
 import asyncio
@@ -16,17 +17,14 @@ from msgspec import Raw, Struct
 from carserver.cli.errors import CommandError
 from carserver.cli.output import note
 from carserver.cli.plain import visible
+from carserver.cli.runlines import TURNS, Closed, RunLines, Termination, TooLarge, notice_of
 from carserver.cli.sink import Sink, progress
 from carserver.cli.talk import ANSWER_S
 from carserver.client import CallError, ClientError, Connection
 from carserver.protocol.runs import TraceClosed
-from carserver.protocol.transfer import PAGE_EVENTS
 
-PAGE_BYTES = 1024 * 1024  # of a page's events; a larger one has a page to itself
-PAGE_BRACKETS = 60_000  # the daemon takes twice as many in a message
 _LIST = 1_000  # the daemon's own bound
 _AHEAD = 16  # runs that are fetched at a time
-_GATHERED_BYTES = 4 * 1024 * 1024  # of one of them that are not written yet
 _AT_ONCE = 16  # outputs that are asked for at a time
 _AT_ONCE_BYTES = 16 * 1024 * 1024  # and the bytes of what the list leaves out of them, or one larger
 
@@ -44,19 +42,16 @@ class _Id(Struct):
 
 class _Subscribed(Struct):
     run: dict[str, Raw]
+    termination: Termination | None = None
 
 
-class _Record(Struct):
-    record: str
-    sequence: int = -1
-    timestamp_ms: int = 0
-    event: Raw = Raw(b"")
+class _Times(Struct):
+    events: list["_Time"]
 
 
-class _Notice(Struct):
-    run_id: str
-    run_status: str
-    record: _Record
+class _Time(Struct):
+    sequence: int
+    timestamp_ms: int
 
 
 class _Content(Struct):
@@ -93,125 +88,8 @@ class _Slice(Struct):
     sha256: str
 
 
-_notice_decoder = msgspec.json.Decoder(_Notice)
 _closed_decoder = msgspec.json.Decoder(TraceClosed)
 _output_decoder = msgspec.json.Decoder(_Output)
-
-
-class _Closed(Exception):
-    """The stream of a run ended early. `written`: some of its lines are written already."""
-
-    def __init__(self, reason: str, *, written: bool) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.written = written
-
-
-class _TooLarge(Exception):
-    """A run that was fetched ahead of its turn."""
-
-
-class RunLines:
-    """The lines of one run, as its events come; `done` when all are there.
-
-    They gather, so that nothing is written of a run that is deleted meanwhile. Where they are many, those that are
-    there are written if it is the run's turn: if it has a sink.
-    """
-
-    def __init__(self, run_id: str, sink: Sink | None = None) -> None:
-        self.run_id = run_id
-        self.events = 0
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.sink = sink
-        self._written = False
-        self._wanted: int | None = None  # how many events; not known before the answer to the subscription
-        self._early: list[_Notice] = []
-        self._lines: list[bytes] = []
-        self._size = 0
-        self._page: list[bytes] = []
-        self._page_bytes = 0
-        self._page_brackets = 0
-
-    def begin(self, run: dict[str, Raw]) -> None:
-        """The snapshot: the first line."""
-        self._wanted = int(bytes(run["event_count"]))
-        self._line(b'{"run":%b}' % encode({name: value for name, value in run.items() if name != "epoch"}))
-        early, self._early = self._early, []
-        for notice in early:
-            self.take(notice)
-        self._end_if_complete()
-
-    def take(self, notice: _Notice) -> None:
-        """A record of the stream; what is not the next event of the run is none of its lines."""
-        if self.done.done():
-            return
-        if self._wanted is None:
-            self._early.append(notice)
-            return
-        record = notice.record
-        if record.sequence != self.events or self.events >= self._wanted:
-            return
-        if record.record != "event":
-            raise ClientError(f"a record of the kind {record.record!r} cannot be exported by this version")
-        self._event(record, notice.run_status)
-        self._end_if_complete()
-
-    def write(self, sink: Sink) -> None:
-        """Writes what has gathered."""
-        for line in self._lines:
-            sink.put(line)
-        self._lines, self._size = [], 0
-        self._written = True
-
-    def _event(self, record: _Record, status: str) -> None:
-        event = bytes(record.event)
-        brackets = event.count(b"{") + event.count(b"[") + 1
-        if self._page and (
-            len(self._page) >= PAGE_EVENTS
-            or self._page_bytes + len(event) > PAGE_BYTES
-            or self._page_brackets + brackets > PAGE_BRACKETS
-        ):
-            self._end_page()
-        self._page.append(
-            b'{"sequence":%d,"timestamp_ms":%d,"status":%b,"event":%b}'
-            % (record.sequence, record.timestamp_ms, encode(status), event)
-        )
-        self._page_bytes += len(event)
-        self._page_brackets += brackets
-        self.events += 1
-
-    def _end_page(self) -> None:
-        self._line(b'{"run_id":%b,"events":[%b]}' % (encode(self.run_id), b",".join(self._page)))
-        self._page, self._page_bytes, self._page_brackets = [], 0, 0
-
-    def _end_if_complete(self) -> None:
-        if self._wanted != self.events:
-            return
-        if self._page:
-            self._end_page()
-        if not self.done.done():  # with its last page it may have become too large
-            self.done.set_result(None)
-
-    def _line(self, line: bytes) -> None:
-        self._lines.append(line)
-        self._size += len(line)
-        if self._size <= _GATHERED_BYTES:
-            return
-        if self.sink is not None:
-            self.write(self.sink)
-        else:
-            self._lines.clear()
-            self.fail(_TooLarge())
-
-    def close(self, reason: str) -> None:
-        """The daemon ended the stream."""
-        self.fail(_Closed(reason, written=self._written))
-
-    def fail(self, error: Exception) -> None:
-        """It does not come to its end."""
-        if not self.done.done():
-            self.done.set_exception(error)
-            self.done.exception()  # whoever waits raises it; nobody may any more
 
 
 class Exporter:
@@ -268,7 +146,7 @@ class Exporter:
         try:
             async for method, params in self._connection.notifications():
                 if method == "runs.trace.event":
-                    notice = _notice_decoder.decode(params)
+                    notice = notice_of(params)
                     if (lines := self._fetched.get(notice.run_id)) is not None:
                         lines.take(notice)
                 elif method == "runs.trace.closed":
@@ -308,15 +186,27 @@ class Exporter:
             answer = await self._connection.call(
                 "runs.trace.subscribe", {"run_id": run_id}, ANSWER_S, result_type=_Subscribed
             )
-            lines.begin(answer.run)
-            await lines.done
-        except _TooLarge:
+            lines.begin(answer.run, answer.termination)
+            while (sequence := await lines.untimed()) is not None:
+                lines.time(await self._times(run_id, sequence))
+        except TooLarge:
             await self._unsubscribe(run_id)  # now: the rest of it is not sent for nothing
             raise
         finally:
             del self._fetched[run_id]
         await self._unsubscribe(run_id)
         return lines
+
+    async def _times(self, run_id: str, sequence: int) -> dict[int, int]:
+        """When turns were recorded, that one and those behind it, by their sequence; none where the run is gone."""
+        params = {"run_id": run_id, "after": sequence, "types": TURNS}
+        try:
+            page = await self._connection.call("runs.events", params, ANSWER_S, result_type=_Times)
+        except CallError as error:
+            if error.type != "not_found":
+                raise
+            return {}
+        return {entry.sequence: entry.timestamp_ms for entry in page.events}
 
     async def _unsubscribe(self, run_id: str) -> None:
         await self._connection.call("runs.trace.unsubscribe", {"run_id": run_id}, ANSWER_S)
@@ -328,13 +218,13 @@ class Exporter:
         try:
             try:
                 lines = await fetching
-            except _TooLarge:
+            except TooLarge:
                 lines = await self._fetch(run_id, self._sink)
         except CallError as error:
             if error.type != "not_found":
                 raise
             return  # it was deleted since it was listed
-        except _Closed as error:
+        except Closed as error:
             await self._leave_out(run_id, error)
             return
         lines.write(self._sink)
@@ -343,7 +233,7 @@ class Exporter:
         self.events += lines.events
         self._exported.add(run_id)
 
-    async def _leave_out(self, run_id: str, closed: _Closed) -> None:
+    async def _leave_out(self, run_id: str, closed: Closed) -> None:
         """The run was deleted meanwhile, or its log cannot be read."""
         if closed.written:
             reason = visible(closed.reason)

@@ -115,7 +115,7 @@ class CatchUp:
         self._pages.page(topic.known, start, topic.cursor, self._page_entries, self._page_bytes, done)
 
     def _serve(self, topic: Topic, start: int, page: list[Entry], waiting: list[Subscription]) -> None:
-        piece = Piece(start, [topic.frames.event(*entry) for entry in page])
+        piece = Piece(start, [topic.frames.entry(*entry) for entry in page])
         for subscription in waiting:
             if subscription.mode is not Mode.CATCHING_UP:
                 continue

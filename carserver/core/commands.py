@@ -13,8 +13,9 @@ from msgspec import Struct
 from carserver.core import runs
 from carserver.core.principals import Principal, owned, visible
 from carserver.core.runs import Entry, Event, Head
+from carserver.core.turns import Turn, events_of
 from carserver.protocol.errors import conflict, limit_exceeded
-from carserver.protocol.runs import Cancelled, Recorded, Snapshot, Status
+from carserver.protocol.runs import FINAL, Cancelled, Recorded, Snapshot, Status
 
 
 class Batch(NamedTuple):
@@ -103,6 +104,15 @@ class Create(_Change, frozen=True, kw_only=True):
         return Applied(head, head.run)
 
 
+class Start(Create, frozen=True, kw_only=True):
+    """`runs.start`: a key is the run's id, so it is a name among all principals."""
+
+    def apply(self, head: Head | None, prior: Batch | None) -> Applied:
+        if head is not None and head.owner != self.principal.name:
+            raise conflict("exists", f"idempotency_key: there is a run {self.run_id!r} of somebody else's")
+        return super().apply(head, prior)
+
+
 class Record(_Change, frozen=True, kw_only=True):
     """`runs.record`: all of `events`, or none."""
 
@@ -147,6 +157,48 @@ class Record(_Change, frozen=True, kw_only=True):
             digest.update(b"%d:" % len(event.raw))
             digest.update(event.raw)
         return digest.digest()
+
+
+class RecordTurns(_Change, frozen=True, kw_only=True):
+    """`runs.record_turns`: all of `turns`, or none. A final run takes no more; it answers with the first's sequence."""
+
+    turns: list[Turn]
+    run_turns: int
+    run_events: int
+    attends: ClassVar[bool] = True
+
+    @property
+    def size(self) -> int:
+        return 1024 + sum(len(turn.members) + 128 for turn in self.turns)
+
+    def apply(self, head: Head | None, prior: Batch | None) -> Applied:
+        head = self._own(head)
+        if head.run.status in FINAL:
+            raise conflict("run_terminal", f"run {self.run_id!r} is {head.run.status}: it takes no more turns")
+        count = len(self.turns)
+        if head.turns + count > self.run_turns:
+            raise limit_exceeded("turns", head.turns + count, self.run_turns, "turns")
+        if head.cursor + count > self.run_events:
+            raise limit_exceeded("run_events", head.cursor + count, self.run_events, "turns")
+        after, entries = runs.advance(head, events_of(self.turns, head.cursor), self.now_ms)
+        return Applied(after, head.cursor, entries, ended=after.endings > head.endings)
+
+
+class Complete(_Change, frozen=True, kw_only=True):
+    """`runs.complete`: the run ended, with `status` and `text`, as `outcome` says. Answers with nothing."""
+
+    status: Status
+    text: str
+    outcome: bytes
+
+    @property
+    def size(self) -> int:
+        return 1024 + len(self.text) + len(self.outcome)
+
+    def apply(self, head: Head | None, prior: Batch | None) -> Applied:
+        head = self._own(head)
+        after = runs.complete(head, self.status, self.text, self.outcome, self.now_ms)
+        return Applied(after, None, ended=True)
 
 
 class Fail(_Change, frozen=True, kw_only=True):

@@ -33,8 +33,9 @@ class Removed(NamedTuple):
 class Staged(NamedTuple):
     """A run that is being imported, before its last event is there.
 
-    `run` is its snapshot as JSON. Its events are stored under `no`: `cursor` of them, `log_bytes` in all. The newest
-    has the time `last_at_ms` (before the first: the run's creation) and the status with the code `status` (None).
+    `run` is its snapshot as JSON. Its events are stored under `no`: `cursor` of them, `turns` of these are turns,
+    `log_bytes` in all. The newest has the time `last_at_ms` (before the first: the run's creation) and the status with
+    the code `status` (None).
     """
 
     no: int
@@ -43,7 +44,8 @@ class Staged(NamedTuple):
     cursor: int
     last_at_ms: int
     status: int | None
-    log_bytes: int
+    log_bytes: int = 0
+    turns: int = 0
 
 
 class OpenHandle(NamedTuple):
@@ -63,6 +65,30 @@ class UsedKey(NamedTuple):
     digest: bytes
     at_ms: int
     handle: str
+
+
+class KeptReceipt(NamedTuple):
+    """The receipt of a cancel: whose key made it, of what run (its number), with what params (digest).
+
+    One that is not final says no more than was known when the run was cancelled; the final one takes its place.
+    """
+
+    owner: str
+    key: str
+    no: int
+    digest: bytes
+    final: bool
+    receipt: bytes
+
+
+class StoredApproval(NamedTuple):
+    """An approval, as JSON, and whose it is; `resolved_at_ms` is None while it is pending."""
+
+    id: str
+    owner: str
+    created_at_ms: int
+    resolved_at_ms: int | None
+    approval: bytes
 
 
 class Change(NamedTuple):
@@ -193,6 +219,42 @@ class StoredHandles(Protocol):
         ...
 
 
+class StoredReceipts(Protocol):
+    """The receipts of cancels; they go with their runs."""
+
+    def get(self, owner: str, key: str) -> KeptReceipt | None:
+        """What was made with this key; None if nothing."""
+        ...
+
+    def put(self, kept: KeptReceipt) -> None:
+        """Stores it, in place of the one that the same key has made."""
+        ...
+
+
+class StoredApprovals(Protocol):
+    """The approvals of a transaction."""
+
+    def get(self, approval_id: str) -> StoredApproval | None:
+        """The approval of this id; None if there is none."""
+        ...
+
+    def pending(self) -> tuple[int, int]:
+        """How many are pending, and their bytes."""
+        ...
+
+    def add(self, row: StoredApproval) -> None:
+        """Stores a new one."""
+        ...
+
+    def resolve(self, row: StoredApproval) -> None:
+        """Stores it in place of the pending one with its id."""
+        ...
+
+    def forget(self, but: str, keep: int, keep_bytes: int) -> Sequence[str]:
+        """So many resolved ones stay, and so many bytes of them, and `but`; the ids of those that went, the oldest."""
+        ...
+
+
 class Stored(Protocol):
     """What is stored, within the writer's transaction."""
 
@@ -209,6 +271,16 @@ class Stored(Protocol):
     @property
     def handles(self) -> StoredHandles:
         """Handles."""
+        ...
+
+    @property
+    def receipts(self) -> StoredReceipts:
+        """Receipts."""
+        ...
+
+    @property
+    def approvals(self) -> StoredApprovals:
+        """Approvals."""
         ...
 
     @property

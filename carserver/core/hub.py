@@ -30,7 +30,7 @@ class Burst:
 
     def add(self, entry: Entry, limit: int) -> None:
         """One more event; what is there goes out first if it would grow over `limit` bytes."""
-        frame = self.topic.frames.event(*entry)
+        frame = self.topic.frames.entry(*entry)
         if self.payloads and self.size + len(frame) > limit:
             self.offer()
         if not self.payloads:

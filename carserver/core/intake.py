@@ -82,9 +82,22 @@ def take_in_metadata(given: bytes, settings: Settings, at: str) -> Raw:
     Raises:
         RpcError: invalid_params, limit_exceeded.
     """
+    return _take_in_object(given, "metadata_bytes", settings.metadata_bytes, settings, at)
+
+
+def take_in_outcome(given: bytes, settings: Settings, at: str) -> Raw:
+    """What a run was completed with, checked, as compact JSON. What it says is not looked at.
+
+    Raises:
+        RpcError: invalid_params, limit_exceeded.
+    """
+    return _take_in_object(given, "outcome_bytes", settings.outcome_bytes, settings, at)
+
+
+def _take_in_object(given: bytes, limit: str, maximum: int, settings: Settings, at: str) -> Raw:
     raw = msgspec.json.format(given, indent=-1)
-    if len(raw) > settings.metadata_bytes:
-        raise limit_exceeded("metadata_bytes", len(raw), settings.metadata_bytes, at)
+    if len(raw) > maximum:
+        raise limit_exceeded(limit, len(raw), maximum, at)
     value = orjson.loads(raw)
     if type(value) is not dict:
         raise invalid_params(at, "an object is wanted")

@@ -1,8 +1,8 @@
 """What is true of a run: its head, and how events and operations move its status. Pure; contract, section 7.
 
-The two tables of the contract are `EFFECTS` (events) and the functions `advance` (record), `fail`, `cancel`, `resume`
-and `interrupt` (operations): each takes a head and gives the next one. Late events are stored and move nothing; the
-first final status wins.
+The two tables of the contract are `EFFECTS` (events) and the functions `advance` (record), `fail`, `complete`,
+`cancel`, `resume` and `interrupt` (operations): each takes a head and gives the next one. Late events are stored and
+move nothing; the first final status wins.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from carserver.protocol.errors import conflict
-from carserver.protocol.runs import FINAL, LIVE, STATUSES, Snapshot, Status
+from carserver.protocol.runs import FINAL, LIVE, RECORDS, STATUSES, Snapshot, Status
 
 
 class Effect(NamedTuple):
@@ -40,22 +40,30 @@ ASIDE_ENTRIES = 15_000_000
 
 CODES = {status: place for place, status in enumerate(STATUSES)}
 
+EVENT, TURN, MODEL_TURN = range(len(RECORDS))
+"""Places in RECORDS: how the live trace has an entry of the log."""
+
 
 class Event(NamedTuple):
-    """An event that has passed intake: its bytes on one line, its type, and the text that its effect keeps."""
+    """An event that has passed intake: its bytes on one line, its type, the text that its effect keeps, its kind."""
 
     raw: bytes
     type: str
     text: str | None
+    kind: int = EVENT
 
 
 class Entry(NamedTuple):
-    """An event as the log keeps it; `status` is the place in STATUSES of the run's status after it."""
+    """An event as the log keeps it.
+
+    `status` is the place in STATUSES of the run's status after it, `kind` that in RECORDS of how the stream has it.
+    """
 
     sequence: int
     timestamp_ms: int
     status: int
     raw: bytes
+    kind: int = EVENT
 
 
 class Head(Struct, frozen=True, kw_only=True):
@@ -63,7 +71,8 @@ class Head(Struct, frozen=True, kw_only=True):
 
     `no` is the storage's number of the run (0 before it is stored). `revision` counts changes, `endings` the times
     that the run came to be over, `last_at_ms` is the time of its newest event (its creation, before the first),
-    `log_bytes` what its events take.
+    `log_bytes` what its events take, `turns` how many of them are turns. `outcome` is how it ended in its agent's own
+    words, where it was completed with one: a JSON object, compact.
     """
 
     no: int
@@ -73,6 +82,8 @@ class Head(Struct, frozen=True, kw_only=True):
     endings: int
     last_at_ms: int
     log_bytes: int = 0
+    turns: int = 0
+    outcome: bytes | None = None
     key_digest: bytes | None = None
 
     @property
@@ -90,7 +101,8 @@ class Head(Struct, frozen=True, kw_only=True):
         """About how many bytes it takes to keep this."""
         run = self.run
         texts = (run.prompt, run.result_text, run.error, run.cancel_reason, run.outcome_description)
-        return 1024 + sum(len(text) for text in texts if text) + (len(bytes(run.metadata)) if run.metadata else 0)
+        kept = (len(bytes(run.metadata)) if run.metadata else 0) + len(self.outcome or b"")
+        return 1024 + sum(len(text) for text in texts if text) + kept
 
 
 class LiveRun(NamedTuple):
@@ -124,7 +136,7 @@ def advance(head: Head, events: Sequence[Event], now_ms: int, at_ms: Sequence[in
     for place, event in enumerate(events):
         last = now if at_ms is None else min(max(at_ms[place], last), now)
         state.take(event)
-        entries.append(Entry(run.event_count + place, last, CODES[state.status], event.raw))
+        entries.append(Entry(run.event_count + place, last, CODES[state.status], event.raw, event.kind))
     reopened = run.status is Status.INTERRUPTED
     after = replace(
         run,
@@ -136,8 +148,7 @@ def advance(head: Head, events: Sequence[Event], now_ms: int, at_ms: Sequence[in
         event_count=run.event_count + len(entries),
         updated_at_ms=now,
     )
-    log_bytes = head.log_bytes + sum(len(event.raw) for event in events)
-    return Advance(_changed(head, after, reopened=reopened, last_at_ms=last, log_bytes=log_bytes), entries)
+    return Advance(_changed(head, after, reopened=reopened, last_at_ms=last, events=events), entries)
 
 
 def aside(head: Head, events: Sequence[Event], now_ms: int) -> Advance:
@@ -147,8 +158,7 @@ def aside(head: Head, events: Sequence[Event], now_ms: int) -> Advance:
     code = CODES[run.status]
     entries = [Entry(run.event_count + place, now, code, event.raw) for place, event in enumerate(events)]
     after = replace(run, event_count=run.event_count + len(entries), updated_at_ms=now)
-    log_bytes = head.log_bytes + sum(len(event.raw) for event in events)
-    return Advance(_changed(head, after, last_at_ms=now, log_bytes=log_bytes), entries)
+    return Advance(_changed(head, after, last_at_ms=now, events=events), entries)
 
 
 class _State:
@@ -163,7 +173,7 @@ class _State:
         self.error = run.error
 
     def take(self, event: Event) -> None:
-        effect = EFFECTS.get(event.type)
+        effect = EFFECTS.get(event.type if event.kind == EVENT else "turn_start")  # one that is recorded has begun
         if effect is None or self.status not in LIVE:
             return
         if effect.keeps_planning and self.status is Status.PLANNING:
@@ -182,6 +192,26 @@ def fail(head: Head, error: str, now_ms: int) -> Head:
     if head.run.status in FINAL:
         return head
     return _changed(head, replace(head.run, status=Status.FAILED, error=error, updated_at_ms=_later(head, now_ms)))
+
+
+def complete(head: Head, status: Status, text: str, outcome: bytes, now_ms: int) -> Head:
+    """The run ended as its agent says: completed with `text` as its result, or failed with it as the error.
+
+    Raises:
+        RpcError: conflict run_terminal.
+    """
+    if head.run.status in FINAL:
+        raise conflict("run_terminal", f"run {head.run.id!r} is {head.run.status} already")
+    completed = status is Status.COMPLETED
+    after = replace(
+        head.run,
+        status=status,
+        result_text=text if completed else head.run.result_text,
+        error=None if completed else text,
+        interrupted_reason=None,
+        updated_at_ms=_later(head, now_ms),
+    )
+    return _changed(head, after, outcome=outcome)
 
 
 def cancel(head: Head, reason: str, now_ms: int) -> Head:
@@ -224,7 +254,8 @@ def _changed(
     *,
     reopened: bool = False,
     last_at_ms: int | None = None,
-    log_bytes: int | None = None,
+    events: Sequence[Event] = (),
+    outcome: bytes | None = None,
 ) -> Head:
     """The next head: counts the change, and an ending where the run came to be over (again)."""
     over = run.status not in LIVE
@@ -237,5 +268,7 @@ def _changed(
         revision=head.revision + 1,
         endings=head.endings + ended,
         last_at_ms=head.last_at_ms if last_at_ms is None else last_at_ms,
-        log_bytes=head.log_bytes if log_bytes is None else log_bytes,
+        log_bytes=head.log_bytes + sum(len(event.raw) for event in events),
+        turns=head.turns + sum(event.kind != EVENT for event in events),
+        outcome=head.outcome if outcome is None else outcome,
     )

@@ -111,7 +111,7 @@ class Topic:
     def ended(self) -> Piece:
         """The record of the run being over, framed once for all."""
         if self._ended is None:
-            self._ended = Piece(self.cursor, [self.frames.ended(self.known.run)])
+            self._ended = Piece(self.cursor, [self.frames.ended(self.known.run, self.known.outcome)])
         return self._ended
 
 

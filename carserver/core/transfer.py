@@ -8,18 +8,19 @@ from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import msgspec
-from msgspec import UNSET, Raw, Struct, UnsetType
+from msgspec import UNSET, Raw, Struct
 from msgspec.structs import replace
 
 from carserver.config import Settings
 from carserver.core.edits import Edit, Edited, Staged, Stored
-from carserver.core.intake import take_in_metadata, take_in_one
+from carserver.core.intake import take_in_metadata, take_in_one, take_in_outcome
 from carserver.core.outputs import Body, Output, check_producer, take_in
-from carserver.core.runs import CODES, Entry, Head
+from carserver.core.runs import CODES, EVENT, Entry, Head
 from carserver.protocol.codec import check_name, check_text, decode, encode
 from carserver.protocol.errors import RpcError, conflict, forbidden, invalid_params, limit_exceeded
 from carserver.protocol.outputs import OutputRecord
-from carserver.protocol.runs import FINAL, LIVE, STATUSES, Snapshot
+from carserver.protocol.runs import FINAL, LIVE, RECORDS, STATUSES, Snapshot, Status
+from carserver.protocol.trace import TURN_HEADS
 from carserver.protocol.transfer import (
     PAGE_EVENTS,
     Imported,
@@ -36,9 +37,11 @@ _FINAL_CODES = frozenset(CODES[status] for status in FINAL)
 _NAMES = ("id", "session_id", "agent_id", "parent_run_id")
 _TEXTS = ("prompt", "result_text", "error", "cancel_reason", "interrupted_reason", "outcome_description")
 _MEMBERS = ImportedRun.__struct_fields__
+_OF_SNAPSHOT = [name for name in _MEMBERS if name != "outcome"]
 
 _line_decoder = msgspec.json.Decoder(ImportLine)
 _run_decoder = msgspec.json.Decoder(ImportedRun)
+_members_decoder = msgspec.json.Decoder(dict[str, Raw])
 
 
 class RunPart(NamedTuple):
@@ -101,10 +104,13 @@ def _checked_run(run: ImportedRun, at: str, settings: Settings) -> ImportedRun:
         raise invalid_params(f"{at}.ended_at_ms", f"a run that is {run.status} has {'none' if _live(run) else 'one'}")
     if run.ended_at_ms is not None and not run.created_at_ms <= run.ended_at_ms <= run.updated_at_ms:
         raise invalid_params(f"{at}.ended_at_ms", "it is not between created_at_ms and updated_at_ms")
-    if isinstance(run.metadata, UnsetType):
-        return run
-    metadata = take_in_metadata(bytes(run.metadata), settings, f"{at}.metadata")
-    return replace(run, metadata=metadata)
+    if isinstance(run.outcome, Raw):
+        if run.status not in (Status.COMPLETED, Status.FAILED):
+            raise invalid_params(f"{at}.outcome", f"a run that is {run.status} has none")
+        run = replace(run, outcome=take_in_outcome(bytes(run.outcome), settings, f"{at}.outcome"))
+    if isinstance(run.metadata, Raw):
+        run = replace(run, metadata=take_in_metadata(bytes(run.metadata), settings, f"{at}.metadata"))
+    return run
 
 
 def _live(run: ImportedRun) -> bool:
@@ -117,11 +123,26 @@ def _checked_events(events: Sequence[ImportedEvent], at: str, settings: Settings
     entries: list[Entry] = []
     for place, given in enumerate(events):
         event = take_in_one(bytes(given.event), settings, f"{at}.", place)
-        entry = Entry(given.sequence, given.timestamp_ms, CODES[given.status], event.raw)
+        kind, raw = EVENT, event.raw
+        if given.record is not UNSET:
+            kind = RECORDS.index(given.record)
+            raw = _checked_turn(raw, kind, given.sequence, f"{at}.events[{place}].event")
+        entry = Entry(given.sequence, given.timestamp_ms, CODES[given.status], raw, kind)
         if entries:
             _check_follows(entry, entries[-1], f"{at}.events[{place}]")
         entries.append(entry)
     return entries
+
+
+def _checked_turn(event: bytes, kind: int, sequence: int, at: str) -> bytes:
+    """A turn as `protocol.trace.turn_event` makes it, compact: its record is made of its bytes."""
+    raw = msgspec.json.format(event, indent=-1)
+    head = b"%b%d" % (TURN_HEADS[kind], sequence)
+    if not raw.startswith((head + b",", head + b"}")):
+        raise invalid_params(at, f"a {RECORDS[kind]} that begins with {head.decode()} is wanted")
+    if b'"record"' in raw and "record" in decode(_members_decoder, raw, at):
+        raise invalid_params(f"{at}.record", "no turn has such a member: in its record this name is taken")
+    return raw
 
 
 def _check_follows(entry: Entry, before: Entry, at: str) -> None:
@@ -158,10 +179,10 @@ def _checked_output(given: ImportedOutput, line: ImportLine, at: str, settings: 
     return Output(owner="", record=OutputRecord(**members | {"event": taken.event}), body=body)
 
 
-def run_source(run: Snapshot) -> bytes:
+def run_source(head: Head) -> bytes:
     """A run that is stored as the line of an export has it."""
-    values = {name: getattr(run, name) for name in _MEMBERS}
-    return encode(ImportedRun(**values))
+    values = {name: getattr(head.run, name) for name in _OF_SNAPSHOT}
+    return encode(ImportedRun(**values, outcome=UNSET if head.outcome is None else Raw(head.outcome)))
 
 
 class _Counts(Struct):
@@ -254,6 +275,7 @@ class Import(Edit, frozen=True, kw_only=True):
             last_at_ms=last.timestamp_ms,
             status=last.status,
             log_bytes=staged.log_bytes + sum(len(entry.raw) for entry in part.entries),
+            turns=staged.turns + sum(entry.kind != EVENT for entry in part.entries),
         )
         if staged.cursor == run.event_count:
             return self._appear(staged, run, part.at, stored)
@@ -263,7 +285,7 @@ class Import(Edit, frozen=True, kw_only=True):
     def _appear(self, staged: Staged, run: ImportedRun, at: str, stored: Stored) -> Head:
         if stored.runs.head(run.id) is not None:
             raise _exists(at, run.id, f"run {run.id!r} was made by somebody else while it was imported")
-        values = {name: getattr(run, name) for name in _MEMBERS}
+        values = {name: getattr(run, name) for name in _OF_SNAPSHOT}
         head = Head(
             no=staged.no,
             owner=self.principal.name,
@@ -272,6 +294,8 @@ class Import(Edit, frozen=True, kw_only=True):
             endings=int(not _live(run)),
             last_at_ms=staged.last_at_ms,
             log_bytes=staged.log_bytes,
+            turns=staged.turns,
+            outcome=bytes(run.outcome) if isinstance(run.outcome, Raw) else None,
         )
         stored.imports.finished(staged)
         return stored.runs.add(head)
@@ -298,7 +322,7 @@ def _check_fits(part: EventsPart, staged: Staged, run: ImportedRun) -> None:
 
 
 def _compare_runs(part: RunPart, there: Head) -> None:
-    stored = run_source(there.run)
+    stored = run_source(there)
     if stored == part.source:
         return
     ours = _run_decoder.decode(stored)

@@ -64,44 +64,73 @@ async def create(session: Session, params: CreateRun) -> Snapshot:
     With an `idempotency_key` the run's id follows from it: the same key with the same other params gives the same run,
     with others a `conflict` (`key_reused`). An agent's runs carry its id; a client may name any, which grants nothing.
     """
-    settings = session.services.settings
-    principal = session.acting
-    _check_create(session, params)
-    key = params.idempotency_key
-    now_ms = session.services.clock.now_ms()
-    run = Snapshot(
-        id=f"run-{session.services.daemon.new_id()}" if key is None else keyed_run_id(principal, key),
-        session_id=params.session_id,
-        agent_id=principal.agent_id if principal.agent_id is not None else params.agent_id or "",
-        status=Status.CREATED,
+    principal, key = session.acting, params.idempotency_key
+    check_text(params.prompt, "text_bytes", session.services.settings.text_bytes, "prompt")
+    head = new_head(
+        session,
+        run_id=new_run_id(session) if key is None else keyed_run_id(principal, key),
         prompt=params.prompt,
-        created_at_ms=now_ms,
-        updated_at_ms=now_ms,
-        event_count=0,
-        parent_run_id=params.parent_run_id,
-        metadata=_metadata(params.metadata, settings),
+        agent_id=principal.agent_id if principal.agent_id is not None else params.agent_id or "",
         outcome_description=params.outcome_description,
-        epoch=session.services.daemon.new_id(),
+        keyed=key is not None,
+        session_id=params.session_id,
+        parent_run_id=params.parent_run_id,
+        metadata=_metadata(params.metadata, session.services.settings),
     )
-    head = Head(
-        no=0,
-        owner=principal.name,
-        run=run,
-        revision=1,
-        endings=0,
-        last_at_ms=now_ms,
-        key_digest=None if key is None else _digest(run),
-    )
-    command = Create(run_id=run.id, principal=principal, now_ms=now_ms, head=head)
+    command = Create(run_id=head.run.id, principal=principal, now_ms=head.last_at_ms, head=head)
     created: Snapshot = await session.services.runs.change(command, session)
     return created
 
 
-def _check_create(session: Session, params: CreateRun) -> None:
-    settings = session.services.settings
-    check_text(params.prompt, "text_bytes", settings.text_bytes, "prompt")
-    if params.outcome_description is not None:
-        check_text(params.outcome_description, "text_bytes", settings.text_bytes, "outcome_description")
+def new_run_id(session: Session) -> str:
+    """The id of a run that is created without a key."""
+    return f"run-{session.services.daemon.new_id()}"
+
+
+def new_head(
+    session: Session,
+    *,
+    run_id: str,
+    prompt: str,
+    agent_id: str,
+    outcome_description: str | None,
+    keyed: bool,
+    session_id: str = "",
+    parent_run_id: str | None = None,
+    metadata: Raw | UnsetType = UNSET,
+) -> Head:
+    """A run to be, of the session's principal. `keyed`: its id follows from an idempotency key.
+
+    Raises:
+        RpcError: limit_exceeded.
+    """
+    if outcome_description is not None:
+        maximum = session.services.settings.text_bytes
+        check_text(outcome_description, "text_bytes", maximum, "outcome_description")
+    now_ms = session.services.clock.now_ms()
+    run = Snapshot(
+        id=run_id,
+        session_id=session_id,
+        agent_id=agent_id,
+        status=Status.CREATED,
+        prompt=prompt,
+        created_at_ms=now_ms,
+        updated_at_ms=now_ms,
+        event_count=0,
+        parent_run_id=parent_run_id,
+        metadata=metadata,
+        outcome_description=outcome_description,
+        epoch=session.services.daemon.new_id(),
+    )
+    return Head(
+        no=0,
+        owner=session.acting.name,
+        run=run,
+        revision=1,
+        endings=0,
+        last_at_ms=now_ms,
+        key_digest=_digest(run) if keyed else None,
+    )
 
 
 def _metadata(given: Raw | UnsetType, settings: Settings) -> Raw | UnsetType:

@@ -1,11 +1,18 @@
 """`runs.trace.*`: watching runs live (contract, section 7, The live trace)."""
 
+from typing import TypeVar
+
+from msgspec import Raw
+
+from carserver.core.subscription import Topic
 from carserver.methods.runs import CREATE, RUN
 from carserver.protocol.codec import encode
 from carserver.protocol.errors import ErrorKind, invalid_params, limit_exceeded
-from carserver.protocol.runs import RunRef, Subscribed, SubscribeTrace, Unsubscribed
+from carserver.protocol.runs import RunRef, Subscribed, SubscribeTrace, Termination, Unsubscribed
 from carserver.rpc.method import Encoded, Example, Replied, method
 from carserver.rpc.session import Session
+
+T = TypeVar("T")
 
 
 @method(
@@ -25,32 +32,43 @@ async def subscribe(session: Session, params: SubscribeTrace) -> Replied[Encoded
     """
     if params.cursor and params.epoch is None:
         raise invalid_params("epoch", "wanted with a cursor other than 0: the epoch that came with the subscription")
-    runs = session.services.runs
-    maximum = session.services.settings.subscriptions
-    topic = await runs.topic(params.run_id, session.acting)
-    if len(session.subscriptions) >= maximum and params.run_id not in session.subscriptions:
-        raise limit_exceeded("subscriptions", len(session.subscriptions) + 1, maximum, "run_id")
+    topic = await session.services.runs.topic(params.run_id, session.acting)
     run = topic.known.run
     recovered = params.epoch == run.epoch and params.cursor <= topic.cursor
     cursor = params.cursor if recovered else 0
-    previous = session.subscriptions.get(params.run_id)
-    if previous is not None:
-        runs.hub.drop(previous)
-    subscription = runs.hub.subscribe(topic, session.outbox, cursor, session.subscriptions)
-    reply = b'{"run":%b,"cursor":%d,"epoch":%b,"recovered":%b}' % (
+    outcome = topic.known.outcome
+    reply = b'{"run":%b,"cursor":%d,"epoch":%b,"recovered":%b%b}' % (
         topic.snapshot,
         cursor,
         encode(run.epoch),
         encode(recovered),
+        b"" if outcome is None else b',"termination":%b' % encode(Termination(outcome=Raw(outcome))),
     )
+    return follow(session, topic, cursor, Encoded(reply))
+
+
+def follow(session: Session, topic: Topic, cursor: int, reply: T) -> Replied[T]:
+    """Subscribes to a run from `cursor` on, in place of an earlier subscription; the stream begins after `reply`.
+
+    Raises:
+        RpcError: limit_exceeded.
+    """
+    hub, subscriptions = session.services.runs.hub, session.subscriptions
+    maximum = session.services.settings.subscriptions
+    previous = subscriptions.get(topic.run_id)
+    if previous is not None:
+        hub.drop(previous)
+    elif len(subscriptions) >= maximum:
+        raise limit_exceeded("subscriptions", len(subscriptions) + 1, maximum, "run_id")
+    subscription = hub.subscribe(topic, session.outbox, cursor, subscriptions)
 
     def replied(as_it_is: bool) -> None:
         if as_it_is:
-            runs.hub.activate(subscription)
+            hub.activate(subscription)
         else:
-            runs.hub.drop(subscription)
+            hub.drop(subscription)
 
-    return Replied(Encoded(reply), replied)
+    return Replied(reply, replied)
 
 
 @method("runs.trace.unsubscribe", again=True, example=Example({"run_id": RUN}))

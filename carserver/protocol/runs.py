@@ -24,6 +24,12 @@ STATUSES = tuple(Status)
 LIVE = frozenset({Status.CREATED, Status.PLANNING, Status.EXECUTING, Status.VERIFYING})
 FINAL = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
 
+RECORDS = ("event", "turn", "model_turn")
+"""How the live trace has an entry of the log. The order is the storage's, as that of the statuses is.
+
+A turn is written by the methods of the CAR dialect (contract, section 10), as an event of the type of its record.
+"""
+
 LiveStatus = Literal["in_progress", "completed", "incomplete"]
 IS_NAME = {"carserver": "name"}
 """Marks a type of params whose values are names: printable characters, at most the setting `name_chars` (256)."""
@@ -181,13 +187,24 @@ class SubscribeTrace(Struct, frozen=True, kw_only=True):
     epoch: str | None = None
 
 
+class Termination(Struct, frozen=True, kw_only=True):
+    """How a run ended in its agent's own words, where it was completed with an outcome (`runs.complete`)."""
+
+    kind: Literal["outcome"] = "outcome"
+    outcome: Raw
+
+
 class Subscribed(Struct, frozen=True, kw_only=True):
-    """Where the stream begins, and whether it goes on from the subscription that the caller named."""
+    """Where the stream begins, and whether it goes on from the subscription that the caller named.
+
+    `termination` is that of the record `ended`: a run's snapshot does not have it.
+    """
 
     run: Snapshot
     cursor: int
     epoch: str
     recovered: bool
+    termination: Termination | UnsetType = UNSET
 
 
 class Unsubscribed(Struct, frozen=True, kw_only=True):
@@ -214,6 +231,7 @@ class EndedRecord(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_fie
     run_status: Status
     result_text: str | None = None
     error: str | None = None
+    termination: Termination | UnsetType = UNSET
     ended_at: str
 
 
@@ -225,12 +243,38 @@ class EventRecord(Struct, frozen=True, kw_only=True, tag_field="record", tag="ev
     event: Raw
 
 
+class TurnRecord(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="record", tag="turn"):
+    """A turn of an agent, as it was recorded; `index` is its sequence. What else it was given stands here, too."""
+
+    index: int
+    prompt: Raw | UnsetType = UNSET
+    tool: Raw | UnsetType = UNSET
+    parameters: Raw | UnsetType = UNSET
+    output: Raw | UnsetType = UNSET
+    cli_outcome: Raw | UnsetType = UNSET
+    verifier_verdict: Raw | UnsetType = UNSET
+    policy_rejected: Raw | UnsetType = UNSET
+
+
+class ModelTurnRecord(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="record", tag="model_turn"):
+    """A model's turn, as it was recorded; `index` is its sequence, `recorded_at` when the daemon had it."""
+
+    index: int
+    recorded_at: str
+    turn_index: Raw | UnsetType = UNSET
+    assistant_text: Raw | UnsetType = UNSET
+    requested_tool_calls: Raw | UnsetType = UNSET
+    model_id: Raw | UnsetType = UNSET
+    token_usage: Raw | UnsetType = UNSET
+    duration_ms: Raw | UnsetType = UNSET
+
+
 class TraceEvent(Struct, frozen=True, kw_only=True):
     """Params of the notification `runs.trace.event`."""
 
     run_id: str
     agent_id: str
-    record: StartedRecord | EventRecord | EndedRecord
+    record: StartedRecord | EventRecord | TurnRecord | ModelTurnRecord | EndedRecord
     cursor: int
     status: LiveStatus
     run_status: Status

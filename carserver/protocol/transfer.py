@@ -34,7 +34,10 @@ class Imported(Struct, frozen=True, kw_only=True):
 
 
 class ImportedRun(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A run's snapshot without its epoch: the log will have another one. The order of the members is the snapshot's."""
+    """A run's snapshot without its epoch: the log will have another one. The order of the members is the snapshot's.
+
+    `outcome` is what it was completed with, as its `ended` record has it in `termination`.
+    """
 
     id: Annotated[str, msgspec.Meta(min_length=1)]
     session_id: str
@@ -52,14 +55,16 @@ class ImportedRun(Struct, frozen=True, kw_only=True, omit_defaults=True):
     metadata: Raw | UnsetType = UNSET
     ended_at_ms: Time | None = None
     outcome_description: str | None = None
+    outcome: Raw | UnsetType = UNSET
 
 
 class ImportedEvent(Struct, frozen=True, kw_only=True):
-    """An entry of a log; `status` is the run's after it."""
+    """An entry of a log; `status` is the run's after it, `record` how the live trace has it, where not as an event."""
 
     sequence: Cursor
     timestamp_ms: Time
     status: Status
+    record: Literal["turn", "model_turn"] | UnsetType = UNSET
     event: Raw
 
 

@@ -9,7 +9,7 @@ from carserver.config import Settings
 from carserver.core.edits import Staged
 from carserver.stores.runrows import RunRows
 
-_COLUMNS = "no, run_id, run, cursor, last_at_ms, status, log_bytes"
+_COLUMNS = "no, run_id, run, cursor, last_at_ms, status, log_bytes, turns"
 
 
 class ImportRows:
@@ -45,16 +45,16 @@ class ImportRows:
         for (no,) in execute("SELECT no FROM imports ORDER BY no DESC LIMIT -1 OFFSET ?", (self._most - 1,)).fetchall():
             self._drop(no)
             self.given_up += 1
-        staged = Staged(self._runs.new_no(), run_id, run, cursor=0, last_at_ms=last_at_ms, status=None, log_bytes=0)
+        staged = Staged(self._runs.new_no(), run_id, run, cursor=0, last_at_ms=last_at_ms, status=None)
         self._runs.use_up()
-        execute("INSERT INTO imports VALUES (?, ?, ?, ?, ?, ?, ?)", staged)
+        execute(f"INSERT INTO imports ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", staged)  # noqa: S608 - constants
         return staged
 
     def grown(self, staged: Staged) -> None:
         """See `core.edits.StoredImports`."""
         self._connection.execute(
-            "UPDATE imports SET cursor = ?, last_at_ms = ?, status = ?, log_bytes = ? WHERE no = ?",
-            (staged.cursor, staged.last_at_ms, staged.status, staged.log_bytes, staged.no),
+            "UPDATE imports SET cursor = ?, last_at_ms = ?, status = ?, log_bytes = ?, turns = ? WHERE no = ?",
+            (staged.cursor, staged.last_at_ms, staged.status, staged.log_bytes, staged.turns, staged.no),
         )
 
     def finished(self, staged: Staged) -> None:

@@ -46,7 +46,13 @@ def _sound(connection: sqlite3.Connection, table: str, query: str, key: Sequence
     return row
 
 
-_KEYS = {"batches": "no, batch_id", "handles": "handle", "tool_keys": "owner, method, key"}
+_KEYS = {
+    "batches": "no, batch_id",
+    "handles": "handle",
+    "tool_keys": "owner, method, key",
+    "receipts": "owner, key",
+    "approvals": "id",
+}
 _INDEXES = {
     "sqlite_autoindex_runs_1": ("runs", "id"),
     "sqlite_autoindex_outputs_1": ("outputs", "id"),

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from carserver.config import Settings
-from carserver.core.edits import OpenHandle
+from carserver.core.edits import OpenHandle, StoredApproval
 from carserver.core.ports import Damaged
 from carserver.core.runs import LiveRun
+from carserver.stores.approvals import read_approvals
 from carserver.stores.damage import Unreadable, mark_of
 from carserver.stores.handles import read_open
 from carserver.stores.inspection import LEAST_BYTES, MAY_RUN_TWICE, beside, inspect, size_of
@@ -40,11 +41,12 @@ _PIECE_BYTES = 1024 * 1024
 
 
 class Opened(NamedTuple):
-    """The database: the one connection that writes, the runs that are live, and the handles that are open."""
+    """The database: the one connection that writes, live runs, open handles, and all approvals."""
 
     connection: sqlite3.Connection
     live: list[LiveRun]
     open_handles: list[OpenHandle]
+    approvals: list[StoredApproval]
 
 
 def open_database(path: Path, settings: Settings) -> Opened:
@@ -119,7 +121,7 @@ def _open(path: Path, settings: Settings, *, made_now: bool = False) -> Opened:
                 path,
                 MAY_RUN_TWICE,
             )
-        return Opened(connection, read_live(connection), read_open(connection))
+        return Opened(connection, read_live(connection), read_open(connection), read_approvals(connection))
     except Damaged as error:
         connection.close()
         raise DamagedFile(error.message) from error
@@ -174,6 +176,10 @@ def _summary(path: Path, aside: Path, problem: str, salvage: Salvage) -> str:
         carried += f"; {MAY_RUN_TWICE}"
     if salvage.unclosed:
         carried += "; a tool that was running may have no end in its run's log"
+    if salvage.forgotten_receipts:
+        carried += "; a cancel that is sent again with its key may have another receipt"
+    if salvage.forgotten_approvals:
+        carried += "; approvals may be missing"
     return (
         f"{path} was damaged: {problem}; it is kept as {aside}; {carried}; to have what is missing, stop the daemon and"
         f" restore a backup as {path}, with no {path.name}-wal beside it; the damaged file is for rescue by hand,"

@@ -19,15 +19,21 @@ from carserver.stores.schema import SEQUENCE_BITS, row_checksum
 
 RUN_COLUMNS = (
     "no, id, owner, session_id, agent_id, parent_run_id, epoch, key_digest, created_at_ms,"
-    " status, event_count, updated_at_ms, ended_at_ms, last_at_ms, revision, endings, log_bytes"
+    " status, event_count, updated_at_ms, ended_at_ms, last_at_ms, revision, endings, log_bytes, turns"
 )
 _RUN_VALUES = len(RUN_COLUMNS.split(","))
 _REVISION = RUN_COLUMNS.split(", ").index("revision")
-TEXTS = ("prompt", "outcome_description", "metadata", "result_text", "error", "cancel_reason", "interrupted_reason")
+TEXTS = (
+    *("prompt", "outcome_description", "metadata", "result_text", "error", "cancel_reason", "interrupted_reason"),
+    "outcome",
+)
 _HEADS = f"SELECT {RUN_COLUMNS}, runs.checksum, {', '.join(TEXTS)}, texts.checksum FROM runs LEFT JOIN texts USING (no)"  # noqa: S608 - constants
 _LIVE_CODES = ", ".join(str(STATUSES.index(status)) for status in sorted(LIVE))
 COPIED, RENEWED = "copied", "renewed"
 """Names in `meta`: of a copy that nobody used yet, and while its log is the one that it began itself: one value."""
+STATUS_BITS = 4
+"""Of an event's status column; above them is the place in RECORDS of its record."""
+STATUS_MASK = (1 << STATUS_BITS) - 1
 _checksummed = struct.Struct("<qqB").pack
 
 
@@ -46,6 +52,13 @@ def place(no: int, sequence: int) -> int:
 def checksum(key: int, at_ms: int, status: int, event: bytes) -> int:
     """Of an event and of where it stands: a row that changed, or changed places, shows."""
     return zlib.crc32(event, zlib.crc32(_checksummed(key, at_ms, status)))
+
+
+def entry_row(no: int, entry: Entry) -> tuple[Any, ...]:
+    """An entry of the log with this number as a row of `events`."""
+    key = place(no, entry.sequence)
+    status = entry.status | entry.kind << STATUS_BITS
+    return key, entry.timestamp_ms, status, checksum(key, entry.timestamp_ms, status, entry.raw), entry.raw
 
 
 def run_row(head: Head) -> tuple[Any, ...]:
@@ -69,25 +82,26 @@ def run_row(head: Head) -> tuple[Any, ...]:
         head.revision,
         head.endings,
         head.log_bytes,
+        head.turns,
     )
     return (*values, row_checksum(*values))
 
 
-def texts_of(run: Snapshot) -> tuple[Any, ...]:
+def texts_of(head: Head) -> tuple[Any, ...]:
     """The values of `TEXTS`; they may be long, so they are compared, and their checksum is taken only to be stored."""
-    return tuple(_text(run, name) for name in TEXTS)
+    return tuple(_text(head, name) for name in TEXTS)
 
 
 def texts_row(head: Head) -> tuple[Any, ...]:
     """A head as a row of `texts`, with its checksum."""
-    values = (head.no, *texts_of(head.run))
+    values = (head.no, *texts_of(head))
     return (*values, row_checksum(*values))
 
 
-def _text(run: Snapshot, name: str) -> Any:
+def _text(head: Head, name: str) -> Any:
     if name == "metadata":
-        return bytes(run.metadata) if run.metadata else None
-    return getattr(run, name)
+        return bytes(head.run.metadata) if head.run.metadata else None
+    return head.outcome if name == "outcome" else getattr(head.run, name)
 
 
 def head_of(row: Sequence[Any]) -> Head:
@@ -97,11 +111,17 @@ def head_of(row: Sequence[Any]) -> Head:
         Damaged: it is not what was stored.
     """
     values, (stored, *texts, stored_of_texts) = row[:_RUN_VALUES], row[_RUN_VALUES:]
-    no, id_, owner, session_id, agent_id, parent, epoch, key_digest, created, status, *rest = values
+    no, id_ = values[:2]
     if row_checksum(*values) != stored or row_checksum(no, *texts) != stored_of_texts:
         raise Damaged(f"run {id_!r} is stored under number {no!r}, and its row is damaged")
-    count, updated, ended, last_at_ms, revision, endings, log_bytes = rest
-    prompt, outcome, metadata, result, error, cancel, interrupted = texts
+    return head_from(values, texts)
+
+
+def head_from(values: Sequence[Any], texts: Sequence[Any]) -> Head:
+    """The values of `RUN_COLUMNS` and of `TEXTS` as a head."""
+    no, id_, owner, session_id, agent_id, parent, epoch, key_digest, created, status, *rest = values
+    count, updated, ended, last_at_ms, revision, endings, log_bytes, turns = rest
+    prompt, description, metadata, result, error, cancel, interrupted, outcome = texts
     run = Snapshot(
         id=id_,
         session_id=session_id,
@@ -118,7 +138,7 @@ def head_of(row: Sequence[Any]) -> Head:
         parent_run_id=parent,
         metadata=UNSET if metadata is None else Raw(metadata),
         ended_at_ms=ended,
-        outcome_description=outcome,
+        outcome_description=description,
         epoch=epoch,
     )
     return Head(
@@ -129,6 +149,8 @@ def head_of(row: Sequence[Any]) -> Head:
         endings=endings,
         last_at_ms=last_at_ms,
         log_bytes=log_bytes,
+        turns=turns,
+        outcome=outcome,
         key_digest=key_digest,
     )
 
@@ -174,16 +196,6 @@ def read_live(connection: sqlite3.Connection) -> list[LiveRun]:
             raise Damaged(f"run {values[1]!r} is stored under number {values[0]!r}, and its row is damaged")
         found.append(LiveRun(values[1], values[_REVISION]))
     return found
-
-
-def read_heads(connection: sqlite3.Connection) -> Iterator[Head]:
-    """Every head, by number.
-
-    Raises:
-        Damaged: one is not what was stored.
-    """
-    for row in connection.execute(f"{_HEADS} ORDER BY no"):
-        yield head_of(row)
 
 
 def mark_copied(connection: sqlite3.Connection) -> None:
@@ -242,7 +254,7 @@ def read_entries(connection: sqlite3.Connection, head: Head, start: int, stop: i
         for found, at_ms, status, stored, event in cursor:
             if found != key or not _is_sound(found, at_ms, status, stored, event):
                 break
-            yield Entry(key - first + start, at_ms, status, event)
+            yield Entry(key - first + start, at_ms, status & STATUS_MASK, event, status >> STATUS_BITS)
             key += 1
     finally:
         cursor.close()

@@ -15,7 +15,17 @@ from carserver.core.commands import Applied, Command
 from carserver.core.edits import Change, End
 from carserver.core.runs import CODES, Entry, Head
 from carserver.protocol.errors import not_found
-from carserver.stores.rows import checksum, place, read_batch, read_entries, read_head, run_row, texts_of, texts_row
+from carserver.stores.rows import (
+    RUN_COLUMNS,
+    TEXTS,
+    entry_row,
+    read_batch,
+    read_entries,
+    read_head,
+    run_row,
+    texts_of,
+    texts_row,
+)
 from carserver.stores.schema import row_checksum
 
 _LAST_NO = (
@@ -121,7 +131,8 @@ class RunRows:
 
     def _insert(self, head: Head) -> None:
         row = run_row(head)
-        self._connection.execute(f"INSERT INTO runs VALUES ({', '.join('?' * len(row))})", row)  # noqa: S608 - question marks
+        marks = ", ".join("?" * len(row))
+        self._connection.execute(f"INSERT INTO runs ({RUN_COLUMNS}, checksum) VALUES ({marks})", row)  # noqa: S608 - constants
         self._write_texts(head)
 
     def _write_head(self, stored: Head, head: Head) -> None:
@@ -131,15 +142,16 @@ class RunRows:
         row = run_row(head)
         self._connection.execute(
             "UPDATE runs SET status = ?, event_count = ?, updated_at_ms = ?, ended_at_ms = ?, last_at_ms = ?,"
-            " revision = ?, endings = ?, log_bytes = ?, checksum = ? WHERE no = ?",
-            (*row[-9:], head.no),
+            " revision = ?, endings = ?, log_bytes = ?, turns = ?, checksum = ? WHERE no = ?",
+            (*row[-10:], head.no),
         )
-        if texts_of(stored.run) != texts_of(head.run):
+        if texts_of(stored) != texts_of(head):
             self._write_texts(head)
 
     def _write_texts(self, head: Head) -> None:
         row = texts_row(head)
-        self._connection.execute(f"REPLACE INTO texts VALUES ({', '.join('?' * len(row))})", row)  # noqa: S608 - question marks
+        columns = f"no, {', '.join(TEXTS)}, checksum"
+        self._connection.execute(f"REPLACE INTO texts ({columns}) VALUES ({', '.join('?' * len(row))})", row)  # noqa: S608 - constants
 
     # Edits. What these change is flushed before, so that undoing one leaves what came before it.
 
@@ -150,12 +162,10 @@ class RunRows:
 
     def append(self, no: int, entries: Sequence[Entry]) -> None:
         """See `core.edits.StoredRuns`."""
-        rows = []
-        for sequence, at_ms, status, raw in entries:
-            key = place(no, sequence)
-            rows.append((key, at_ms, status, checksum(key, at_ms, status, raw), raw))
-        self._connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?)", rows)
-        self.appended += len(rows)
+        self._connection.executemany(
+            "INSERT INTO events VALUES (?, ?, ?, ?, ?)", [entry_row(no, entry) for entry in entries]
+        )
+        self.appended += len(entries)
 
     def entries(self, head: Head, start: int, stop: int) -> Iterator[Entry]:
         """See `core.edits.StoredRuns`."""
@@ -192,6 +202,7 @@ class RunRows:
         execute("DELETE FROM texts WHERE no = ?", (head.no,))
         # Its id may be used again, by a run that these handles are not of.
         execute("DELETE FROM handles WHERE run_id = ?", (head.run.id,))
+        execute("DELETE FROM receipts WHERE no = ?", (head.no,))
         self.drop_log(head.no)
 
     def drop_log(self, no: int) -> None:

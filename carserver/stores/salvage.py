@@ -1,9 +1,9 @@
 """What can be trusted of a damaged database, copied into a new one.
 
 A run is carried over whole, with its number, or not at all: its row and its texts, every event of its log and all that
-is kept of its batches must have the checksum they were stored with. So must an output, an open handle and the key of a
-tool call, each by itself. A tree of the file may be broken: numbers are read by ranges, and a range that fails is
-halved until what cannot be read is skipped. The source is never changed.
+is kept of its batches must have the checksum they were stored with. So must an output, an open handle, the key of a
+tool call, a receipt and an approval, each by itself. A tree of the file may be broken: numbers are read by ranges, and
+a range that fails is halved until what cannot be read is skipped. The source is never changed.
 """
 
 import contextlib
@@ -21,15 +21,14 @@ from carserver.core.ports import Damaged
 from carserver.core.runs import Head
 from carserver.protocol.runs import Snapshot
 from carserver.stores.damage import Unreadable, in_words
+from carserver.stores.former import CHECKED, TURNED, FormerHeads
 from carserver.stores.inspection import LEAST_BYTES, size_of, without_trace
 from carserver.stores.outputs import output_of
 from carserver.stores.rows import (
     RUN_COLUMNS,
     TEXTS,
-    checksum,
-    head_of,
+    entry_row,
     mark_copied,
-    place,
     read_entries,
     run_row,
     texts_row,
@@ -42,11 +41,9 @@ log = logging.getLogger("carserver.storage")
 _MALFORMED = (Damaged, msgspec.MsgspecError, LookupError, TypeError, ValueError)
 _FAILURES = 100_000  # reads that may fail before the rest of a table is given up
 _COMMIT_ROWS = 50_000
-_HANDLES = 3  # the schema version from which on there are rows of handles
+_HANDLES, _RECEIPTS = 3, 4  # the schema versions from which on there are rows of these
 _PROGRESS_S = 5.0
 _NUMBERS = 1 << (63 - SEQUENCE_BITS)  # a greater one cannot be: the keys of its events would not fit
-_COLUMNS = RUN_COLUMNS.removesuffix(", log_bytes")
-_ROW = "SELECT {}, {} FROM runs JOIN texts USING (no) WHERE no = ?"
 _BATCHES = "SELECT no, batch_id, digest, first_sequence, count, status, {} FROM batches WHERE no = ?"
 _RUN_NUMBERS = (
     "SELECT max(no) FROM texts",
@@ -103,6 +100,8 @@ class Salvage:
         self.forgotten = False  # some batches of runs that are carried over may be missing
         self.unclosed = False  # some open handles of such runs may be missing
         self.forgotten_keys = True  # some keys of tool calls may be missing
+        self.forgotten_receipts = False  # some receipts of runs that are carried over may be missing
+        self.forgotten_approvals = True  # some approvals may be missing
 
     def into(self, target: Path) -> None:
         """Makes `target` of what can be trusted; it is complete, and not yet synced, after that.
@@ -130,11 +129,15 @@ class Salvage:
                 self._target.execute("COMMIT")
 
     def _carry(self) -> None:
-        self._checked = any(self._all("SELECT 1 FROM pragma_table_info('runs') WHERE name = 'checksum'"))
+        columns = {name for (name,) in self._all("SELECT name FROM pragma_table_info('runs')")}
+        version = TURNED if "turns" in columns else CHECKED if "checksum" in columns else 1
+        self._checked = version >= CHECKED
+        self._heads = FormerHeads(version)
         self._carry_meta(self._carry_runs())
         self.forgotten = bool(self.runs) and not self._has_all("batches", checked=self._checked)
         self._carry_outputs()
         self._carry_handles()
+        self._carry_receipts()
 
     # Runs.
 
@@ -168,8 +171,8 @@ class Salvage:
             events, size = self._copy_events(head)
             if not self._checked:
                 head = replace(head, log_bytes=size)
-            self._insert("runs", [run_row(head)])
-            self._insert("texts", [texts_row(head)])
+            self._insert(f"runs ({RUN_COLUMNS}, checksum)", [run_row(head)])
+            self._insert(f"texts (no, {', '.join(TEXTS)}, checksum)", [texts_row(head)])
             self._insert("batches", self._batches(head))
         except (_NotWhole, sqlite3.IntegrityError, *_MALFORMED) as error:  # two rows with one id: neither is trusted
             self._target.execute("ROLLBACK TO run")
@@ -181,18 +184,9 @@ class Salvage:
         self._rows += events + 2
 
     def _head(self, no: int) -> Head:
-        texts = ", ".join(TEXTS)
-        if self._checked:
-            query = _ROW.format(f"{RUN_COLUMNS}, runs.checksum", f"{texts}, texts.checksum")
-        else:
-            query = _ROW.format(_COLUMNS, texts)
-        row = self._one(query, (no,))
+        row = self._one(f"{self._heads.query} WHERE no = ?", (no,))
         try:
-            if not self._checked:
-                width = len(_COLUMNS.split(","))
-                values, said = (*row[:width], 0), row[width:]
-                row = (*values, row_checksum(*values), *said, row_checksum(no, *said))
-            head = head_of(row)
+            head = self._heads.head(row)
             if not self._checked:  # that its values have their types is all that can be told
                 msgspec.json.decode(head.run.metadata or b"null")
                 msgspec.json.decode(msgspec.json.encode(head.run), type=Snapshot)
@@ -204,14 +198,13 @@ class Salvage:
         """How many these were, and their bytes."""
         count = size = 0
 
-        def entries() -> Iterator[tuple[int, int, int, int, bytes]]:
+        def entries() -> Iterator[tuple[Any, ...]]:
             nonlocal count, size
             try:
-                for sequence, at_ms, status, raw in read_entries(self._source, head, 0, head.cursor):
-                    key = place(head.no, sequence)
-                    yield key, at_ms, status, checksum(key, at_ms, status, raw), raw
+                for entry in read_entries(self._source, head, 0, head.cursor):
+                    yield entry_row(head.no, entry)
                     count += 1
-                    size += len(raw)
+                    size += len(entry.raw)
             except (*Unreadable, Damaged) as error:
                 _not_the_disk(error)
                 raise _NotWhole from error
@@ -300,14 +293,28 @@ class Salvage:
 
         These are closed by the start that follows.
         """
-        (version,) = next(self._all("PRAGMA user_version"), (VERSION,))
-        if 0 < version < _HANDLES and not any(self._all("SELECT 1 FROM pragma_table_info('tool_keys')")):
+        if self._is_before(_HANDLES, "tool_keys"):
             self.forgotten_keys = False
             return
         runs = "SELECT 1 FROM runs WHERE id = ?"
         whole = self._carry_rows("handles", ("handle",), lambda row: any(self._target.execute(runs, (row[1],))))
         self.unclosed = bool(self.runs) and not whole
         self.forgotten_keys = not self._carry_rows("tool_keys", ("owner", "method", "key"), lambda _: True)
+
+    def _carry_receipts(self) -> None:
+        """Receipts of cancels of the runs that are carried over; and approvals."""
+        if self._is_before(_RECEIPTS, "receipts"):
+            self.forgotten_approvals = False
+            return
+        runs = "SELECT 1 FROM runs WHERE no = ?"
+        whole = self._carry_rows("receipts", ("owner", "key"), lambda row: any(self._target.execute(runs, (row[2],))))
+        self.forgotten_receipts = bool(self.runs) and not whole
+        self.forgotten_approvals = not self._carry_rows("approvals", ("id",), lambda _: True)
+
+    def _is_before(self, version: int, table: str) -> bool:
+        """Whether the file is older than this version of the schema, which brought this table."""
+        (said,) = next(self._all("PRAGMA user_version"), (VERSION,))
+        return 0 < said < version and not any(self._all(f"SELECT 1 FROM pragma_table_info('{table}')"))  # noqa: S608 - constants
 
     def _carry_rows(self, table: str, key: Sequence[str], wanted: Callable[[Sequence[Any]], bool]) -> bool:
         """Rows that end in their checksum, and have it; whether none of them can be missing."""

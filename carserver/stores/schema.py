@@ -163,6 +163,43 @@ _MIGRATIONS = (
     ) WITHOUT ROWID;
     CREATE INDEX tool_keys_by_time ON tool_keys (at_ms);
     """,
+    """
+    ALTER TABLE runs ADD COLUMN turns INTEGER NOT NULL DEFAULT 0;
+    UPDATE runs SET checksum = row_checksum(
+        no, id, owner, session_id, agent_id, parent_run_id, epoch, key_digest, created_at_ms, status, event_count,
+        updated_at_ms, ended_at_ms, last_at_ms, revision, endings, log_bytes, turns
+    ) WHERE checksum = row_checksum(
+        no, id, owner, session_id, agent_id, parent_run_id, epoch, key_digest, created_at_ms, status, event_count,
+        updated_at_ms, ended_at_ms, last_at_ms, revision, endings, log_bytes
+    );
+    ALTER TABLE texts ADD COLUMN outcome BLOB;
+    UPDATE texts SET checksum = row_checksum(
+        no, prompt, outcome_description, metadata, result_text, error, cancel_reason, interrupted_reason, outcome
+    ) WHERE checksum = row_checksum(
+        no, prompt, outcome_description, metadata, result_text, error, cancel_reason, interrupted_reason
+    );
+    ALTER TABLE imports ADD COLUMN turns INTEGER NOT NULL DEFAULT 0;
+    CREATE TABLE receipts (
+        owner TEXT NOT NULL,
+        key TEXT NOT NULL,
+        no INTEGER NOT NULL,
+        digest BLOB NOT NULL,
+        final INTEGER NOT NULL,
+        receipt BLOB NOT NULL,
+        checksum INTEGER NOT NULL,
+        PRIMARY KEY (owner, key)
+    ) WITHOUT ROWID;
+    CREATE INDEX receipts_by_run ON receipts (no);
+    CREATE TABLE approvals (
+        id TEXT PRIMARY KEY,
+        owner TEXT NOT NULL,
+        created_at_ms INTEGER NOT NULL,
+        resolved_at_ms INTEGER,
+        approval BLOB NOT NULL,
+        checksum INTEGER NOT NULL
+    ) WITHOUT ROWID;
+    CREATE INDEX approvals_by_time ON approvals (resolved_at_ms, created_at_ms);
+    """,
 )
 """Each brings the file from the version of its place to the next. A released one is never changed."""
 

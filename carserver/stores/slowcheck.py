@@ -19,7 +19,7 @@ from carserver.stores.schema import open_reader
 
 log = logging.getLogger("carserver.storage")
 
-_TABLES = ("runs", "texts", "batches", "outputs", "handles", "tool_keys")
+_TABLES = ("runs", "texts", "batches", "outputs", "handles", "tool_keys", "receipts", "approvals")
 _STEPS = 100_000  # of SQLite's machine between two looks at whether to stop
 _AGAIN_S = 0.05  # between two tries to end a statement: one that falls between two statements ends none
 

@@ -14,7 +14,7 @@ from carserver.config import Settings
 from carserver.core.attendance import Attendant
 from carserver.core.commands import Command
 from carserver.core.counters import Counters
-from carserver.core.edits import Edit, OpenHandle
+from carserver.core.edits import Edit, OpenHandle, StoredApproval
 from carserver.core.outputs import Listed, Output
 from carserver.core.ports import Committed, Criteria, Damaged, Done, PageDone, Place, Plan, Scan
 from carserver.core.principals import Principal
@@ -59,13 +59,14 @@ class SqliteStore:
         self._counters = counters
         self._fatal = fatal
         self._loop = asyncio.get_running_loop()
-        self._publish: Callable[[Sequence[Committed | Done]], None] = lambda _: None
+        self._publish: list[Callable[[Sequence[Committed | Done]], None]] = []
         self._deadlines = Deadlines(settings.storage_s, self._give_up)
         self._waiting_bytes = 0
         self._waiting = 0
-        connection, live, open_handles = open_database(path, settings)
+        connection, live, open_handles, approvals = open_database(path, settings)
         self.found_live: list[LiveRun] = live
         self.found_open: list[OpenHandle] = open_handles
+        self.found_approvals: list[StoredApproval] = approvals
         self.damage = Damage(path)
         try:
             self.old_boot_id = rows.read_boot_id(connection)
@@ -86,8 +87,8 @@ class SqliteStore:
             self.slow_check.start()
 
     def on_commit(self, publish: Callable[[Sequence[Committed | Done]], None]) -> None:
-        """Whom to hand each commit to, before it is acknowledged."""
-        self._publish = publish
+        """Whom to hand each commit to, before it is acknowledged; one after another, in the order of these calls."""
+        self._publish.append(publish)
 
     # Writing.
 
@@ -130,7 +131,8 @@ class SqliteStore:
         self._counters.commits += bool(committed)
         self._counters.storage_failures += not committed and self._writer.problem is not None
         try:
-            self._publish(committed)
+            for publish in self._publish:
+                publish(committed)
         finally:
             for job, result, _ in outcomes:
                 self._waiting -= 1

@@ -3,9 +3,11 @@
 import sqlite3
 
 from carserver.config import Settings
+from carserver.stores.approvals import ApprovalRows
 from carserver.stores.handles import HandleRows
 from carserver.stores.imports import ImportRows
 from carserver.stores.outputs import OutputRows
+from carserver.stores.receipts import ReceiptRows
 from carserver.stores.runrows import RunRows
 
 
@@ -16,4 +18,6 @@ class StoredRows:
         self.runs = runs
         self.outputs = OutputRows(connection)
         self.handles = HandleRows(connection)
+        self.receipts = ReceiptRows(connection)
+        self.approvals = ApprovalRows(connection)
         self.imports = ImportRows(connection, settings, runs)

@@ -25,14 +25,15 @@ from carserver.core.handleedits import Opened as OpenedHandle
 from carserver.core.ports import Place
 from carserver.core.principals import CLIENT, HOST
 from carserver.core.prune import Delete
-from carserver.core.runs import Entry, Head
-from carserver.protocol.errors import RpcError
+from carserver.core.receipts import CancelForReceipt, Finish
+from carserver.core.runs import MODEL_TURN, Entry, Head
+from carserver.protocol.errors import ErrorKind, RpcError
 from carserver.protocol.outputs import ListOutputs
 from carserver.protocol.runs import ListRuns
 from carserver.stores.schema import StorageError
 from tests.unit.handling import close_handle, open_handle, used
 from tests.unit.outputting import Outputs, artifact, final, ids
-from tests.unit.storing import NOW_MS, Opened, create, event, opened, record
+from tests.unit.storing import NOW_MS, Opened, complete, create, event, opened, record, record_turns
 
 RUNS = 12
 FILES = ("", "-wal")
@@ -48,6 +49,7 @@ class Truth:
     outputs: dict[int, bytes] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)  # of tool calls, and the handle that each has made
     open_handles: set[OpenHandle] = field(default_factory=set)
+    receipts: dict[str, bytes] = field(default_factory=dict)  # by the run that was cancelled
 
 
 @dataclass
@@ -91,7 +93,7 @@ async def make(path: Path, chance: random.Random) -> Truth:
 
 
 async def fill(store: Opened, chance: random.Random, truth: Truth) -> None:
-    """Runs with logs, texts and batches, some of them over; outputs; handles, some of them open."""
+    """Runs with logs, texts, batches and turns, some of them over; outputs; handles, some of them open; receipts."""
     outputs = Outputs(store, new_id=ids(len(truth.outputs)))
     first = len(truth.heads)
     for number in range(first, first + RUNS):
@@ -107,8 +109,13 @@ async def fill(store: Opened, chance: random.Random, truth: Truth) -> None:
             batch_id = f"b{batch}"
             answer = await store.append(run_id, *events, batch_id=batch_id)
             truth.batches[run_id, batch_id] = (events, answer)
-        if number % 2:
+        if not number % 3:
+            await store.submit(record_turns(run_id, b',"output":"%b"}' % (b"o" * chance.choice((5, 500))), b"}"))
+            await store.submit(record_turns(run_id, b"}", kind=MODEL_TURN))
+        if number % 4 == 1:
             await store.append(run_id, event(0, type_="agent_end")._replace(text="the end"))
+        elif number % 4 == 3:
+            await store.submit(complete(run_id, b'{"status":"success","n":%d}' % number))
         await outputs.append(final({"n": number, "x": "y" * chance.choice((5, 3000))}), run_id=run_id)
         await outputs.append(artifact(f"name-{number}"), key=f"key-{number}", said=b"digest")
         if not number % 2:
@@ -121,11 +128,24 @@ async def fill(store: Opened, chance: random.Random, truth: Truth) -> None:
             await store.store.edit(close_handle(f"ended-{number}", run_id))
             value = Raw(b'"' + b"z" * chance.choice((5, 9000)) + b'"')
             await outputs.store.keep_result(CLIENT, f"ended-{number}", "grep", value, run_id)
+    for number in range(first, first + RUNS, 4):
+        run_id = f"cancelled-{number}"
+        await store.submit(create(run_id))
+        await store.store.edit(cancel(run_id))
+        truth.receipts[run_id] = await store.store.edit(
+            Finish(principal=CLIENT, run_id=run_id, key=f"cancel of {run_id}", reason="r", confirmed=True)
+        )
     await store.submit(create(f"deleted-{first}"))
     await store.append(f"deleted-{first}", event(1, 5000, type_="agent_end")._replace(text=""))
     await store.store.edit(Delete(principal=CLIENT, run_id=f"deleted-{first}", outputs=1_000))
     truth.heads, truth.logs = await read_runs(store)
     truth.outputs = await read_outputs(store)
+
+
+def cancel(run_id: str) -> CancelForReceipt:
+    """The first part of a cancel with a receipt."""
+    key = f"cancel of {run_id}"
+    return CancelForReceipt(principal=CLIENT, run_id=run_id, key=key, reason="r", now_ms=NOW_MS + 3)
 
 
 # What is served.
@@ -192,6 +212,8 @@ class Asking:
 
         for key, handle in self._truth.keys.items():
             await self._key(key, handle)
+        for run_id, receipt in self._truth.receipts.items():
+            await self._receipt(run_id, receipt)
         opens = set(self._store.store.found_open)
         self._found.missing += [f"open {row}" for row in self._truth.open_handles - opens]
         self._found.wrong += [f"open {row}" for row in opens - self._truth.open_handles if row.handle[:5] != "ended"]
@@ -210,6 +232,21 @@ class Asking:
         # Where nothing is said, it is missing unsaid. By "again", an earlier look has found that it is missing.
         lost = told or not said if again.is_new else again.handle == "again"
         (self._found.missing if lost else self._found.wrong).append(f"key {key}: {again}")
+
+    async def _receipt(self, run_id: str, receipt: bytes) -> None:
+        """A cancel again: it must have the same receipt, unless it was said that it may not."""
+        try:
+            again = await self._store.store.edit(cancel(run_id))
+        except RpcError as error:
+            if error.kind is ErrorKind.NOT_FOUND:
+                self._found.missing.append(f"receipt of {run_id}")
+            else:
+                self._error(f"receipt of {run_id}", error)
+            return
+        if again.receipt != receipt:
+            said = self._found.said
+            told = any("another receipt" in line or "write-ahead log" in line for line in said)
+            (self._found.missing if told or not said else self._found.wrong).append(f"receipt of {run_id}: {again}")
 
     async def _run(self, run_id: str) -> None:
         try:

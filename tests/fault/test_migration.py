@@ -14,11 +14,14 @@ from typing import Any
 
 import pytest
 
+from carserver.core.ports import Damaged
 from carserver.core.principals import CLIENT, agent_token
 from carserver.protocol.outputs import ListOutputs
 from carserver.stores import schema
 from carserver.stores.inspection import inspect
 from carserver.stores.outputs import read_outputs
+from carserver.stores.rows import read_head
+from carserver.stores.salvage import Salvage
 from tests.daemon import Daemon, NotStarted, running
 from tests.fault.audit import read_log
 from tests.fault.processes import environment
@@ -39,8 +42,20 @@ def former(path: Path, version: int = 1) -> Path:
 
 def answers(version: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """What that release answered of it: runs with their logs, and outputs."""
-    found = json.loads(gzip.decompress((DATA / f"schema-{version}.json.gz").read_bytes()))
+    found = answered(version)
     return (found, []) if version == 1 else (found["runs"], found["outputs"])
+
+
+def answered(version: int) -> Any:
+    """All that it did; `tools` is a run with open handles, and the keys that there are (since version 3)."""
+    return json.loads(gzip.decompress((DATA / f"schema-{version}.json.gz").read_bytes()))
+
+
+def changed(path: Path, *statements: str) -> None:
+    """Rows that are not what was stored."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        for statement in statements:
+            connection.execute(statement)
 
 
 @contextlib.contextmanager
@@ -51,18 +66,18 @@ def opened(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def content(path: Path, version: int = 1) -> dict[str, list[Any]]:
-    """Every row, as this version has it."""
-    tables = (
-        dict.fromkeys(("runs", "texts", "events", "batches", "outputs"), "*")
-        if version > 1
-        else {
-            "runs": "no, id, owner, session_id, agent_id, parent_run_id, epoch, key_digest, created_at_ms, status,"
-            " event_count, updated_at_ms, ended_at_ms, last_at_ms, revision, endings",
-            "texts": "no, prompt, outcome_description, metadata, result_text, error, cancel_reason, interrupted_reason",
-            "events": "*",
-            "batches": "no, batch_id, digest, first_sequence, count, status",
-        }
+    """Every row, as this version has it; but for the checksums of those that have more columns now."""
+    runs = (
+        "no, id, owner, session_id, agent_id, parent_run_id, epoch, key_digest, created_at_ms, status,"
+        " event_count, updated_at_ms, ended_at_ms, last_at_ms, revision, endings"
     )
+    texts = "no, prompt, outcome_description, metadata, result_text, error, cancel_reason, interrupted_reason"
+    tables = {"runs": runs, "texts": texts, "events": "*"}
+    tables["batches"] = "no, batch_id, digest, first_sequence, count, status"
+    if version > 1:
+        tables |= {"runs": f"{runs}, log_bytes", "batches": "*", "outputs": "*"}
+    if version > 2:
+        tables |= {"handles": "*", "tool_keys": "*"}
     with opened(path) as connection:
         return {name: connection.execute(f"SELECT {rows} FROM {name}").fetchall() for name, rows in tables.items()}
 
@@ -100,10 +115,18 @@ def large(path: Path) -> Path:
     return path
 
 
-async def as_it_was(host: Peer, expected: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
-    """All of it is answered, as that release did."""
+async def as_it_was(host: Peer, version: int) -> None:
+    """All of it is answered, as that release did; and what was open is closed."""
+    expected, outputs = answers(version)
+    tools = answered(version)["tools"] if version > 2 else None
     listed = (await host.call("runs.list", {"limit": 1000}))["runs"]
-    assert {run["id"] for run in listed} == {one["run"]["id"] for one in expected}
+    assert {run["id"] for run in listed} == {one["run"]["id"] for one in [*expected, *([tools] if tools else [])]}
+    if tools:
+        log = await read_log(host, tools["run"]["id"])
+        count = len(tools["events"])
+        assert [{name: entry[name] for name in tools["events"][0]} for entry in log[:count]] == tools["events"]
+        assert {entry["event"]["type"] for entry in log[count:]} == {"tool_end"}
+        assert sorted(entry["event"]["id"] for entry in log[count:]) == sorted(tools["open"])
     for one in expected:
         run = await host.call("runs.get", {"run_id": one["run"]["id"]})
         assert run == one["run"]
@@ -122,7 +145,7 @@ async def test_a_file_of_a_version_before_answers_everything_as_it_did_and_work_
     before, (expected, outputs) = content(path), answers(version)
     with running(path.parent) as daemon:
         async with peer(daemon, "host-token") as host, peer(daemon) as client:
-            await as_it_was(host, expected, outputs)
+            await as_it_was(host, version)
             agent = agent_token(daemon.token("agent-key"), "coder")
             async with peer(daemon, agent) as coder:
                 owners = [client, host, coder] * 2
@@ -139,7 +162,7 @@ async def test_a_file_of_a_version_before_answers_everything_as_it_did_and_work_
         assert not (daemon.state / "damaged").exists()
         async with peer(daemon, "host-token") as host:
             assert (await host.call("runs.get", {"run_id": new["id"]}))["event_count"] == 1
-            assert len((await host.call("runs.list"))["runs"]) == 11
+            assert len((await host.call("runs.list"))["runs"]) == len(before["runs"]) + 1
     assert set(before["events"]) <= set(content(path)["events"])
 
 
@@ -162,28 +185,80 @@ async def _is_appended_once(client: Peer, outputs: list[dict[str, Any]], run_id:
     assert again["id"] == next(one["id"] for one in outputs if one["event"] == event)
 
 
-def test_no_row_of_version_2_changes_and_its_outputs_are_everyones(tmp_path: Path) -> None:
-    path = former(tmp_path / "carserver.db", 2)
-    before = content(path, 2)
+@pytest.mark.parametrize("of", range(2, schema.VERSION))
+def test_no_value_of_a_version_with_outputs_changes_and_who_sees_them_stays(tmp_path: Path, of: int) -> None:
+    path = former(tmp_path / "carserver.db", of)
+    before = content(path, of)
     assert len(before["outputs"]) == 5
     inspect(path, 0, thorough=True)
     schema.open_writer(path, synchronous="FULL").close()
-    assert content(path, 2) == before
+    assert content(path, of) == before
     inspect(path, 0, thorough=True)
     with opened(path) as connection:
         found = read_outputs(connection, ListOutputs(), CLIENT, 0, 10, 4096, 2**20)
     assert [json.loads(record) | {"event": ...} for record in found.records] == [
-        record | {"event": ...} for record in answers(2)[1]
+        record | {"event": ...} for record in answers(of)[1]
     ]
+    assert sum(record.get("private", False) for record in answers(of)[1]) == of - 2
 
 
-def test_a_row_of_version_2_that_changed_is_seen_before_anything_is_written(tmp_path: Path) -> None:
-    path = former(tmp_path / "carserver.db", 2)
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        connection.execute("UPDATE batches SET count = count + 1 WHERE no = 2")
-    with pytest.raises(schema.DamagedFile, match="a row of 'batches', at 2, is not what was stored"):
+@pytest.mark.parametrize("of", range(2, schema.VERSION))
+@pytest.mark.parametrize(
+    ("change", "table"),
+    [
+        ("UPDATE batches SET count = count + 1 WHERE no = 2", "batches"),
+        ("UPDATE runs SET revision = revision + 1 WHERE no = 2", "runs"),
+        ("UPDATE texts SET error = 'e' WHERE no = 2", "texts"),
+    ],
+)
+def test_a_row_of_a_version_with_checksums_that_changed_is_seen_before_anything_is_written(
+    tmp_path: Path, of: int, change: str, table: str
+) -> None:
+    path = former(tmp_path / "carserver.db", of)
+    changed(path, change)
+    with pytest.raises(schema.DamagedFile, match=f"a row of {table!r}, at 2, is not what was stored"):
         inspect(path, 2**30, thorough=False)
-    assert version(path) == 2
+    assert version(path) == of
+
+
+@pytest.mark.parametrize("of", range(2, schema.VERSION))
+def test_a_damaged_row_is_as_damaged_after_a_migration_that_did_not_look_and_the_others_are_sound(
+    tmp_path: Path, of: int
+) -> None:
+    path = former(tmp_path / "carserver.db", of)
+    changed(path, "UPDATE runs SET revision = revision + 1 WHERE no = 2", "UPDATE texts SET error = 'e' WHERE no = 3")
+    schema.open_writer(path, synchronous="FULL").close()
+    assert version(path) == schema.VERSION
+    damaged = []
+    with opened(path) as connection:
+        for no, run_id in connection.execute("SELECT no, id FROM runs ORDER BY no").fetchall():
+            try:
+                assert read_head(connection, run_id) is not None
+            except Damaged:
+                damaged.append(no)
+    assert damaged == [2, 3]
+    with pytest.raises(schema.DamagedFile, match="a row of 'runs', at 2, is not what was stored"):
+        inspect(path, 0, thorough=True)
+
+
+def test_what_is_whole_of_a_damaged_file_of_the_version_before_is_salvaged_with_its_handles_and_keys(
+    tmp_path: Path,
+) -> None:
+    path, new = former(tmp_path / "carserver.db", 3), tmp_path / "new.db"
+    before = content(path, 3)
+    changed(path, "UPDATE runs SET revision = revision + 1 WHERE no = 2", "UPDATE texts SET error = 'e' WHERE no = 3")
+    salvage = Salvage(path)
+    salvage.into(new)
+    assert (salvage.runs, len(salvage.lost), salvage.outputs, salvage.lost_outputs) == (9, 2, 4, 1)
+    said = (salvage.forgotten_keys, salvage.unclosed, salvage.forgotten_receipts, salvage.forgotten_approvals)
+    assert not any(said)
+    after = content(new, 3)
+    for table in ("runs", "texts"):
+        assert after[table] == [row for row in before[table] if row[0] not in (2, 3)]
+    for table in ("handles", "tool_keys"):
+        assert after[table] == before[table]
+    assert set(after["events"]) < set(before["events"])
+    inspect(new, 0, thorough=True)
 
 
 def test_every_row_is_there_after_a_migration_byte_for_byte_and_every_checksum_holds(tmp_path: Path) -> None:
@@ -247,7 +322,7 @@ schema.open_writer(Path(sys.argv[1]), synchronous="FULL")
 """
 
 
-@pytest.mark.parametrize("call", [1, RUNS + 500, 2 * RUNS + 15])
+@pytest.mark.parametrize("call", [1, RUNS + 500, 2 * RUNS + 15, 5 * RUNS])
 def test_a_kill_in_the_middle_of_a_migration_leaves_the_version_before(tmp_path: Path, call: int) -> None:
     path = large(tmp_path / "carserver.db")
     before = content(path)

@@ -12,9 +12,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from carserver.config import MIB, Settings
-from carserver.core.commands import Cancel, Command, Fail, Interrupt, Resume
+from carserver.core.commands import Cancel, Command, Complete, Fail, Interrupt, Resume
 from carserver.core.principals import CLIENT, HOST
-from carserver.core.runs import Event
+from carserver.core.runs import MODEL_TURN, TURN, Event
+from carserver.core.turns import Turn
+from carserver.protocol.runs import Status
 from tests.property.world import Connection, World
 
 RUNS, PEERS = 2, 3
@@ -49,8 +51,13 @@ events = st.one_of(
     st.lists(st.sampled_from(SMALL), min_size=1, max_size=3),
     st.lists(st.sampled_from([*SMALL * 4, *EVENTS]), min_size=1, max_size=6),
 )
-operations = st.sampled_from(["interrupt"] * 4 + ["resume"] * 2 + ["fail", "cancel"])
-changes = st.one_of(events, events, events, operations)
+turns = st.lists(
+    st.sampled_from([Turn(TURN, b"}"), Turn(TURN, b',"output":"%b"}' % (b"x" * 250)), Turn(MODEL_TURN, b',"m":1}')]),
+    min_size=1,
+    max_size=3,
+)
+operations = st.sampled_from(["interrupt"] * 4 + ["resume"] * 2 + ["fail", "cancel", "complete"])
+changes = st.one_of(events, events, events, turns, operations)
 runs = st.integers(0, RUNS - 1)
 peers = st.integers(0, PEERS - 1)
 places = st.integers(0, 50)
@@ -89,6 +96,11 @@ class Steps(RuleBasedStateMachine):
             return Resume(run_id=run_id, principal=CLIENT, now_ms=now_ms)
         if change == "interrupt":
             return interrupt(self.world, run_id, self.world.log.heads[run_id].revision)
+        if change == "complete":
+            said: dict[str, Any] = {"status": Status.COMPLETED, "text": "done", "outcome": b'{"status":"success"}'}
+            return Complete(run_id=run_id, principal=CLIENT, now_ms=now_ms, **said)
+        if isinstance(change[0], Turn):
+            return self.world.record_turns(run_id, change)
         return self.world.record(run_id, change)
 
     @rule(commands=st.lists(st.tuples(runs, changes), min_size=1, max_size=4))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from carserver.config import Settings
 from carserver.core.attendance import Attendant
-from carserver.core.commands import Command, Create, Record
+from carserver.core.commands import Command, Create, Record, RecordTurns
 from carserver.core.counters import Counters
 from carserver.core.edits import Edit
 from carserver.core.outbox import Outbox
@@ -20,8 +20,9 @@ from carserver.core.principals import CLIENT
 from carserver.core.runs import Entry, Event, Head
 from carserver.core.runstore import RunStore
 from carserver.core.subscription import Mode, Subscription, Topic
+from carserver.core.turns import Turn
 from carserver.protocol.errors import RpcError, unavailable
-from carserver.protocol.runs import STATUSES, ListRuns, Snapshot, Status
+from carserver.protocol.runs import RECORDS, STATUSES, ListRuns, Snapshot, Status
 
 LIVE_STATUS = {
     "created": "in_progress",
@@ -129,6 +130,7 @@ class Ending(NamedTuple):
     status: str
     ended_at: str
     cursor: int
+    termination: dict[str, Any] | None
 
 
 class Viewer:
@@ -225,7 +227,9 @@ class World:
             run = applied.head.run
             if applied.ended:
                 ended_at = f"1970-01-01T00:00:{(run.ended_at_ms or 0) / 1000:06.3f}Z"
-                self.endings[run.id].append(Ending(applied.head.endings, run.status, ended_at, run.event_count))
+                outcome = applied.head.outcome
+                said = None if outcome is None else {"kind": "outcome", "outcome": json.loads(outcome)}
+                self.endings[run.id].append(Ending(applied.head.endings, run.status, ended_at, run.event_count, said))
             committed.append(Committed(command, applied, None))
         self.unpublished.append(committed)
 
@@ -236,6 +240,17 @@ class World:
             principal=CLIENT,
             now_ms=self.clock.now_ms(),
             events=list(events),
+            run_events=self.settings.run_events,
+        )
+
+    def record_turns(self, run_id: str, turns: Sequence[Turn]) -> RecordTurns:
+        """A command that appends turns."""
+        return RecordTurns(
+            run_id=run_id,
+            principal=CLIENT,
+            now_ms=self.clock.now_ms(),
+            turns=list(turns),
+            run_turns=self.settings.turns,
             run_events=self.settings.run_events,
         )
 
@@ -372,14 +387,19 @@ class World:
         assert params["status"] == LIVE_STATUS[params["run_status"]]
         if kind == "started":
             assert (params["cursor"], params["run_status"]) == (0, "created")
-        elif kind == "event":
-            assert params["record"]["sequence"] == viewer.next, "a gap, or a repetition"
+        elif kind in RECORDS:
+            sequence = params["record"]["sequence" if kind == "event" else "index"]
+            assert sequence == viewer.next, "a gap, or a repetition"
             entry = self.log.entries[viewer.run_id][viewer.next]
             viewer.next += 1
             assert params["cursor"] == viewer.next
             assert params["run_status"] == STATUSES[entry.status]
-            assert params["record"]["timestamp_ms"] == entry.timestamp_ms
-            assert entry.raw in line
+            assert kind == RECORDS[entry.kind]
+            if kind == "event":
+                assert params["record"]["timestamp_ms"] == entry.timestamp_ms
+                assert entry.raw in line
+            else:
+                assert entry.raw.replace(b'{"type"', b'{"record"', 1) in line
         else:
             assert kind == "ended"
             assert params["cursor"] == viewer.next, "`ended` before all that came before it"
@@ -390,6 +410,7 @@ class World:
             assert len(numbers) == 1, "an ending that there was not"
             assert not viewer.endings or numbers[0] > viewer.endings[-1][0], "`ended` twice for one ending"
             viewer.endings.append((numbers[0], params["cursor"]))
+            assert params["record"].get("termination") == self.endings[viewer.run_id][numbers[0] - 1].termination
 
     # The end.
 

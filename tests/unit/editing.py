@@ -33,6 +33,6 @@ async def over(store: Opened, run_id: str, events: int = 1, at_ms: int = NOW_MS 
 def imported(run_id: str, **members: Any) -> RunPart:
     """The line of a run."""
     run: Snapshot = create(run_id).head.run
-    values = {name: getattr(run, name) for name in ImportedRun.__struct_fields__ if name != "metadata"}
+    values = {name: getattr(run, name) for name in ImportedRun.__struct_fields__ if name not in ("metadata", "outcome")}
     part = ImportedRun(**values | members)
     return RunPart("lines[0]", part, encode(part))

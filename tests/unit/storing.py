@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from carserver.config import Settings
-from carserver.core.commands import Command, Create, Record
+from carserver.core.commands import Command, Complete, Create, Record, RecordTurns
 from carserver.core.counters import Counters
 from carserver.core.principals import CLIENT, Principal
-from carserver.core.runs import Event, Head
+from carserver.core.runs import TURN, Event, Head
+from carserver.core.turns import Turn
 from carserver.protocol.runs import Recorded, Snapshot, Status
 from carserver.stores.sqlite import SqliteStore
 
@@ -44,6 +45,21 @@ def record(run_id: str, *events: Event, by: Principal = CLIENT, **more: Any) -> 
     """The command of `runs.record`."""
     return Record(
         run_id=run_id, principal=by, now_ms=NOW_MS + 1, events=list(events), **({"run_events": 1_000_000} | more)
+    )
+
+
+def record_turns(run_id: str, *members: bytes, kind: int = TURN, by: Principal = CLIENT) -> RecordTurns:
+    """The command of `runs.record_turns`; of a turn, what comes behind its index."""
+    turns = [Turn(kind, rest) for rest in members]
+    return RecordTurns(
+        run_id=run_id, principal=by, now_ms=NOW_MS + 1, turns=turns, run_turns=2_000, run_events=1_000_000
+    )
+
+
+def complete(run_id: str, outcome: bytes = b'{"status":"success"}', by: Principal = CLIENT) -> Complete:
+    """The command of `runs.complete`."""
+    return Complete(
+        run_id=run_id, principal=by, now_ms=NOW_MS + 2, status=Status.COMPLETED, text="done", outcome=outcome
     )
 
 

@@ -14,11 +14,12 @@ import msgspec
 import pytest
 from msgspec import Raw
 
-from carserver.cli import exporter, importer, prune
+from carserver.cli import exporter, importer, prune, runlines
 from carserver.cli.app import run
 from carserver.cli.errors import CommandError
-from carserver.cli.exporter import Exporter, RunLines
+from carserver.cli.exporter import Exporter
 from carserver.cli.importer import batches
+from carserver.cli.runlines import RunLines, Termination
 from carserver.cli.sink import Sink, new_file
 from carserver.client import Connection
 from carserver.config import Settings
@@ -70,8 +71,13 @@ class Collected(Sink):
 
 
 def notice(sequence: int, event: bytes = b'{"type":"t"}', kind: str = "event") -> Any:
-    record = exporter._Record(kind, sequence, 1, Raw(event))
-    return exporter._Notice("run", "executing", record)
+    record = runlines.Record(kind, sequence, 1, Raw(event))
+    return runlines.Notice("run", "executing", record)
+
+
+def turn(index: int) -> Any:
+    record = b'{"record":"turn","index":%d}' % index
+    return runlines.notice_of(Raw(b'{"run_id":"run","run_status":"executing","record":%b}' % record))
 
 
 def begin(lines: RunLines, events: int) -> None:
@@ -107,7 +113,7 @@ async def test_a_run_is_its_snapshot_without_epoch_and_as_many_events_as_that_sa
 async def test_a_page_is_bounded_and_has_one_event_at_least(
     limit: str, value: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporter, limit, value)
+    monkeypatch.setattr(runlines, limit, value)
     lines, sink = RunLines("run"), Collected()
     begin(lines, 7)
     for number in range(7):
@@ -117,25 +123,55 @@ async def test_a_page_is_bounded_and_has_one_event_at_least(
     assert pages(sink) == expected
 
 
+async def test_turns_wait_for_their_times_and_what_comes_behind_them_waits_too() -> None:
+    lines, sink = RunLines("run"), Collected()
+    lines.take(notice(0))
+    lines.take(turn(1))
+    lines.begin({"event_count": Raw(b"6")}, Termination(Raw(b'{"status":"done"}')))
+    for behind in (notice(2), turn(3), turn(4), notice(5)):
+        lines.take(behind)
+    assert await lines.untimed() == 1
+    lines.time({1: 11, 3: 13})
+    assert not lines.done.done()
+    assert await lines.untimed() == 4
+    lines.time({4: 14})
+    assert await lines.untimed() is None
+    lines.write(sink)
+    times = [entry["timestamp_ms"] for entry in msgspec.json.decode(sink.lines[1])["events"]]
+    assert times == [1, 11, 1, 13, 14, 1]
+    assert sink.lines[0] == b'{"run":{"event_count":6,"outcome":{"status":"done"}}}'
+    assert b'"timestamp_ms":11,"status":"executing","record":"turn","event":{"type":"turn","index":1}}' in sink.lines[1]
+
+
+async def test_a_turn_whose_log_is_gone_closes_its_run() -> None:
+    lines = RunLines("run")
+    begin(lines, 1)
+    lines.take(turn(0))
+    assert await lines.untimed() == 0
+    lines.time({})
+    with pytest.raises(runlines.Closed, match="deleted"):
+        await lines.untimed()
+
+
 @pytest.mark.parametrize("events", [1, 5])
 async def test_a_run_that_is_large_ahead_of_its_turn_is_given_up_also_with_its_last_page(
     events: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporter, "_GATHERED_BYTES", 100)
-    monkeypatch.setattr(exporter, "PAGE_EVENTS", 1)
+    monkeypatch.setattr(runlines, "_GATHERED_BYTES", 100)
+    monkeypatch.setattr(runlines, "PAGE_EVENTS", 1)
     lines = RunLines("run")
     begin(lines, events)
     for number in range(events):
         lines.take(notice(number, b'{"type":"%b"}' % (b"t" * 100)))
-    with pytest.raises(exporter._TooLarge):
+    with pytest.raises(runlines.TooLarge):
         await lines.done
 
 
 async def test_a_run_that_is_given_up_is_not_sent_on_until_its_turn_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporter, "_GATHERED_BYTES", 0)
+    monkeypatch.setattr(runlines, "_GATHERED_BYTES", 0)
     connection = Answering({"runs.trace.subscribe": exporter._Subscribed({"event_count": Raw(b"9")})})
     exporting = Exporter(cast("Connection", connection), Collected())
-    with pytest.raises(exporter._TooLarge):
+    with pytest.raises(runlines.TooLarge):
         await exporting._fetch("run")
     assert connection.asked == ["runs.trace.subscribe", "runs.trace.unsubscribe"]
 
@@ -154,8 +190,8 @@ class Answering:
 
 async def test_nothing_is_written_of_a_run_that_is_deleted_before_it_is_much(monkeypatch: pytest.MonkeyPatch) -> None:
     for limit, written in ((10_000, False), (100, True)):
-        monkeypatch.setattr(exporter, "_GATHERED_BYTES", limit)
-        monkeypatch.setattr(exporter, "PAGE_EVENTS", 1)
+        monkeypatch.setattr(runlines, "_GATHERED_BYTES", limit)
+        monkeypatch.setattr(runlines, "PAGE_EVENTS", 1)
         sink = Collected()
         lines = RunLines("run", sink)
         begin(lines, 9)
@@ -163,7 +199,7 @@ async def test_nothing_is_written_of_a_run_that_is_deleted_before_it_is_much(mon
             lines.take(notice(number))
         lines.close("deleted")
         assert bool(sink.lines) == written
-        with pytest.raises(exporter._Closed) as closed:
+        with pytest.raises(runlines.Closed) as closed:
             await lines.done
         assert closed.value.written == written
 

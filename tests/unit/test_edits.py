@@ -390,6 +390,6 @@ async def test_a_run_without_events_is_there_at_once_and_is_the_same_as_its_line
         answer = await store.store.edit(Import(principal=HOST, parts=[part], epoch="e", bytes=1))
         assert (answer.runs, answer.skipped) == (1, 0)
         head = await store.head("a")
-        assert (head.owner, head.run.epoch, run_source(head.run)) == ("host", "e", part.source)
+        assert (head.owner, head.run.epoch, run_source(head)) == ("host", "e", part.source)
         (done,) = store.published[-1]
         assert done.edited.appeared == [head]

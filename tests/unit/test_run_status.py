@@ -31,6 +31,7 @@ verification_start    v v v v C F X v
 agent_end             C C C C C F X C
 error                 F F F F C F X F
 text_delta            c p e v C F X e
+turn                  c p e v C F X e
 turn_end              c p e v C F X e
 agent_start_          c p e v C F X e
 """
@@ -39,6 +40,8 @@ operation             c p e v C F X I
 fail                  F F F F C F X F
 cancel                X X X X C F X X
 resume                c p e v ! ! ! e
+complete              C C C C ! ! ! C
+complete_failed       F F F F ! ! ! F
 interrupt             I I I I C F X I
 """
 
@@ -79,9 +82,12 @@ def event(type_: str, text: str | None = None) -> Event:
 
 
 def operate(operation: str, before: Head, now_ms: int = NOW) -> Head:
-    """One of the four operations."""
+    """One of the operations."""
     if operation == "resume":
         return runs.resume(before, now_ms)
+    if operation.startswith("complete"):
+        status = Status.FAILED if operation == "complete_failed" else Status.COMPLETED
+        return runs.complete(before, status, "because", b'{"status":"as it says"}', now_ms)
     return {"fail": runs.fail, "cancel": runs.cancel, "interrupt": runs.interrupt}[operation](before, "because", now_ms)
 
 
@@ -109,6 +115,15 @@ def test_an_event_moves_a_run_as_the_contracts_table_says(type_: str, before: St
     assert became.run.interrupted_reason is None
 
 
+@pytest.mark.parametrize(("_", "before", "after"), [row for row in table(EVENTS) if row[0] == "turn_start"])
+def test_a_turn_of_the_car_dialect_moves_a_run_as_one_that_begins(_: str, before: Status, after: str) -> None:
+    turn = Event(b'{"type":"turn","index":3}', "turn", None, runs.TURN)
+    became, entries = advance(head(before), [turn], NOW)
+    assert became.run.status is STATUS_OF[after]
+    assert became.turns == 1
+    assert entries[0].kind == runs.TURN
+
+
 @pytest.mark.parametrize(("operation", "before", "after"), table(OPERATIONS))
 def test_an_operation_moves_a_run_as_the_contracts_table_says(operation: str, before: Status, after: str) -> None:
     was = head(before)
@@ -127,8 +142,15 @@ def test_an_operation_moves_a_run_as_the_contracts_table_says(operation: str, be
     assert became.run.updated_at_ms == NOW
     assert became.endings == was.endings + over(STATUS_OF[after])
     assert became.run.ended_at_ms == (NOW if over(STATUS_OF[after]) else None)
-    kept = {"fail": became.run.error, "cancel": became.run.cancel_reason, "interrupt": became.run.interrupted_reason}
+    kept = {
+        "fail": became.run.error,
+        "cancel": became.run.cancel_reason,
+        "interrupt": became.run.interrupted_reason,
+        "complete": became.run.result_text,
+        "complete_failed": became.run.error,
+    }
     assert kept.get(operation, "because") == "because"
+    assert became.outcome == (b'{"status":"as it says"}' if operation.startswith("complete") else None)
     assert became.last_at_ms == was.last_at_ms, "an operation is no event"
 
 

@@ -381,7 +381,7 @@ def test_a_defect_outside_any_command_fails_the_commit_and_tells_peers_nothing_o
         raise ZeroDivisionError("secret")
 
     with monkeypatch.context() as patched:
-        patched.setattr(runrows, "checksum", broken)
+        patched.setattr(runrows, "entry_row", broken)
         with pytest.raises(RpcError) as refusal:
             driven.one(record("run", event(0)))
     assert (refusal.value.kind, refusal.value.data) == (ErrorKind.UNAVAILABLE, {"outcome": "not_done"})
