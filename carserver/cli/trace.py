@@ -9,7 +9,8 @@ import msgspec
 
 from carserver.cli.output import in_colour, json_data, note
 from carserver.cli.plain import clipped, visible, visible_lines
-from carserver.cli.view_words import reference
+from carserver.cli.turns import asked, compact, figures, outcome, rejected, verdict
+from carserver.cli.view_words import count, first_text, milliseconds, reference, told
 from carserver.client import CallError, ClientError, Traced, TraceReset
 from carserver.client.trace import Opener, trace
 from carserver.protocol.errors import ErrorKind
@@ -82,7 +83,12 @@ class TraceView:
                 return self._started(record)
             case "ended":
                 return self.close() + self._ended(record)
-        content = record.record.get("event")
+            case "turn":
+                style = "error" if rejected(record.record) else "turn"
+                return self.close() + self._line(record, self._styled(style, _turn(record.record)))
+            case "model_turn":
+                return self.close() + self._line(record, *_model_turn(record.record))
+        content = record.record.get("event") if record.kind == "event" else None
         event: dict[str, Any] = content if isinstance(content, dict) else record.record
         type_ = str(event.get("type", record.kind))
         piece = _piece(type_, event)
@@ -105,6 +111,11 @@ class TraceView:
         self._at_line_start = True
         return ending
 
+    def _line(self, record: Traced, *lines: str) -> str:
+        """A turn that was recorded whole: the first line beside its name, further ones below each other."""
+        kind = record.kind
+        return self._prefix(record, kind) + f"\n{_INDENT}".join(lines) + "\n"
+
     def _joined(self, piece: str) -> str:
         """A piece of text, its further lines below the first; an indent is written when something follows it."""
         written = []
@@ -114,15 +125,17 @@ class TraceView:
         return "".join(written)
 
     def _prefix(self, record: Traced, type_: str) -> str:
-        time_ms = record.record.get("timestamp_ms")
+        members = record.record
+        whole = record.kind in {"turn", "model_turn"}  # of which an agent may have named members as it likes
+        time_ms = milliseconds(members.get("recorded_at")) if whole else members.get("timestamp_ms")
         offset = ""
         if isinstance(time_ms, int):
             if self._first_ms is None:
                 self._first_ms = time_ms
             offset = f"+{(time_ms - self._first_ms) / 1000:.3f}"
-        sequence = record.record.get("sequence", "")
+        sequence = count(members.get("index" if whole else "sequence"))
         name = self._styled(type_, f"{visible(type_):<{_TYPE_WIDTH}}")
-        return self._dim(f"{sequence!s:>7} {offset:>10}  ") + name + " "
+        return self._dim(f"{'' if sequence is None else sequence:>7} {offset:>10}  ") + name + " "
 
     def _started(self, record: Traced) -> str:
         agent = f" by {visible(record.agent_id)}" if record.agent_id else ""
@@ -135,7 +148,11 @@ class TraceView:
         said = f": {visible(clipped(text, _TEXT_CHARACTERS))}" if text else ""
         colour = {"completed": "green", "failed": "red"}.get(record.run_status, "yellow")
         status = visible(record.run_status)
-        return f"{click.style(status, fg=colour, bold=True) if self._coloured else status}{said}\n"
+        end = f"{click.style(status, fg=colour, bold=True) if self._coloured else status}{said}\n"
+        if (found := outcome(record.record)) is not None:
+            lines = [("outcome", found.status), *found.lines]
+            end += "".join(f"  {self._dim(visible(name) + ':')} {visible(text)}\n" for name, text in lines)
+        return end
 
     def _styled(self, type_: str, text: str) -> str:
         colour = next((colour for begin, colour in _COLOURS if type_.startswith(begin)), None)
@@ -164,3 +181,22 @@ def _told(type_: str, event: dict[str, Any]) -> str:
         rest = {name: value for name, value in event.items() if name != "type"}
         text = msgspec.json.encode(rest).decode() if rest else ""
     return visible(clipped(text, _TEXT_CHARACTERS))
+
+
+def _turn(turn: dict[str, Any]) -> str:
+    """What an agent did and what came of it, on one line; what the policy and the verifier said of it comes first."""
+    tool = told(turn.get("tool"))
+    given = turn.get("parameters") if tool else turn.get("prompt")
+    said = [rejected(turn), verdict(turn), tool, "" if given is None else compact(given)]
+    said += ["" if one is None else f"→ {compact(one)}" for one in (turn.get("output"), turn.get("cli_outcome"))]
+    return visible("  ".join(one for one in said if one))
+
+
+def _model_turn(turn: dict[str, Any]) -> list[str]:
+    """What a model wrote, the tools that it asked for, and its figures."""
+    written = visible_lines(first_text(turn, "assistant_text") or "").rstrip("\n")
+    lines = written.split("\n") if written else []
+    for name, arguments in asked(turn):
+        lines.append(visible(f"→ {name}  {compact(arguments)}" if name else f"→ {arguments}"))
+    said = visible(figures(turn))
+    return [*lines, said] if said or not lines else lines

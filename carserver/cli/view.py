@@ -49,7 +49,8 @@ _SIGNS = {
     State.SKIPPED: ("-", "dim"),
 }
 _STATUS_SIGNS = {"completed": "✓", "failed": "✗", "cancelled": "■", "interrupted": "■"}
-_TITLES = {Kind.TOOL: "cyan", Kind.NOTE: "dim", Kind.TURN: "", Kind.SPAN: ""}  # the sections: bold
+_TITLES = {Kind.TOOL: "cyan", Kind.CALL: "dim", Kind.NOTE: "dim", Kind.TURN: "", Kind.SPAN: ""}  # the sections: bold
+_DIM = frozenset({Kind.TOOL, Kind.CALL, Kind.NOTE})
 
 # Wraps, and makes escape sequences of styles; nothing is ever written to it.
 _console = Console(
@@ -144,9 +145,7 @@ def facts(model: RunModel) -> str:
     told += [counted(counts[kind], kind) for kind in (Kind.STEP, Kind.TURN, Kind.TOOL) if counts[kind]]
     if counts["failed"]:
         told[-1] += f" ({counts['failed']:,} failed)"
-    if tokens.total:
-        parts = f" ({tokens.input:,} in, {tokens.output:,} out)" if tokens.input or tokens.output else ""
-        told.append(f"{tokens.total:,} tokens{parts}")
+    told += [str(tokens)] if tokens.total else []
     told += [f"agent {visible(model.agent_id)}"] if model.agent_id else []
     told += [f"session {visible(model.session_id)}"] if model.session_id else []
     return " · ".join(told)
@@ -225,9 +224,11 @@ def line_of(line: Line, width: int, now_ms: int, over: bool, *, still: bool = Fa
     wide = width >= _NARROW_COLUMNS
     if node.events > 1:
         left.append(f" (the latest of {node.events:,})", "dim")
+    if node.remark:
+        left.append(f"  {visible(clipped(node.remark, width))}", "red" if node.state is State.FAILED else "")
     detail = node.detail or arguments(node.input)
     if detail:
-        left.append(f"  {visible(clipped(detail, width))}", "dim" if node.kind in {Kind.TOOL, Kind.NOTE} else "")
+        left.append(f"  {visible(clipped(detail, width))}", "dim" if node.kind in _DIM else "")
     if node.exit_code:
         left.append(f"  exit code {visible(clipped(str(node.exit_code), 12))}", "red")
     said = node.output.rstrip().replace("\r", "\n").rpartition("\n")[2].replace("\t", " ").strip()  # \r: progress
@@ -255,6 +256,8 @@ def _measures(node: Node, width: int, now_ms: int, over: bool) -> Text:
 def _sign(node: Node, running: str, over: bool) -> tuple[str, str]:
     if node.kind is Kind.NOTE:
         return "·", "dim"
+    if node.kind is Kind.CALL:
+        return "→", "dim"
     if node.state is State.FAILED or not node.running:
         return _SIGNS[node.state]
     return ("■", "yellow") if over else (running, "cyan")  # the former: it never ended
@@ -321,6 +324,9 @@ def record(model: RunModel, width: int, now_ms: int) -> list[Text]:
             )
     elif model.writing.passages:
         lines += [_rule(width, _text_title(model.writing)), *wrapped(model.writing, width, _TEXT_LINES)]
+    if model.outcome is not None:
+        lines.append(_rule(width, f"outcome: {visible(clipped(model.outcome.status, _TITLE_CHARACTERS))}"))
+        lines += [Text.assemble((f"{visible(name)}: ", "dim"), visible(said)) for name, said in model.outcome.lines]
     if not model.over:
         lines.append(Text(f"the view ended here, the run goes on: carserver runs trace {visible(model.run_id)}", "dim"))
     return lines

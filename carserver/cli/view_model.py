@@ -4,10 +4,10 @@ No I/O, no clock and no drawing here. Memory is bounded however long the run is 
 """
 
 from collections.abc import Callable
-from datetime import datetime
 from typing import Any
 
 from carserver.cli.plain import clipped
+from carserver.cli.turns import Outcome, asked, outcome, rejected, verdict
 from carserver.cli.view_tree import (
     INPUT_CHARACTERS,
     NEAR,
@@ -28,6 +28,7 @@ from carserver.cli.view_words import (
     given,
     key,
     members,
+    milliseconds,
     reference,
     text,
     told,
@@ -69,6 +70,7 @@ class RunModel:
         self.ended_ms: int | None = None
         self.result_text: str | None = None
         self.error: str | None = None
+        self.outcome: Outcome | None = None  # what the agent itself said of it, at its end
         self.reason: str | None = None  # why it was cancelled or interrupted
         self.over = False  # `ended` came, and nothing after it
         self.first = first
@@ -104,8 +106,6 @@ class RunModel:
             "tool_output_delta": self._tool_output,
             "tool_end": self._tool_end,
             "tool_execution_end": self._tool_end,
-            "turn": self._whole_turn,
-            "model_turn": self._whole_model_turn,
         }
 
     def take(self, traced: Traced) -> None:
@@ -124,7 +124,13 @@ class RunModel:
                 event = record.get("event")
                 if isinstance(event, dict):
                     self._event(text(event.get("type")), event, record.get("timestamp_ms"))
-            case kind:  # `turn` and `model_turn` are members of the record itself
+            case "turn":
+                self._goes_on(None)
+                self._whole_turn(record)
+            case "model_turn":
+                self._goes_on(milliseconds(record.get("recorded_at")))
+                self._whole_model_turn(record)
+            case kind:  # of a later daemon
                 self._event(kind, record, record.get("timestamp_ms"))
 
     def settle(self, run: Snapshot) -> None:
@@ -145,10 +151,7 @@ class RunModel:
         return max(now_ms, self.newest_ms) - self.created_ms
 
     def _event(self, type_: str, event: dict[str, Any], at_ms: Any) -> None:
-        if self.status in LIVE:
-            self.over, self.reason = False, None
-        if isinstance(at_ms, int):
-            self.newest_ms = max(self.newest_ms, at_ms)
+        self._goes_on(at_ms)
         handler = self._handlers.get(type_)
         if handler is not None:
             handler(event)
@@ -157,14 +160,19 @@ class RunModel:
         else:
             self._unknown(clipped(type_, TOLD_CHARACTERS), event)
 
+    def _goes_on(self, at_ms: Any) -> None:
+        if self.status in LIVE:
+            self.over, self.reason, self.outcome = False, None, None
+        if isinstance(at_ms, int):
+            self.newest_ms = max(self.newest_ms, at_ms)
+
     def _ended(self, record: dict[str, Any]) -> None:
         self.over = True
         self.result_text = first_text(record, "result_text")
         self.error = first_text(record, "error")
-        try:
-            self.ended_ms = int(datetime.fromisoformat(text(record.get("ended_at"))).timestamp() * 1000)
-        except ValueError:
-            self.ended_ms = self.newest_ms
+        self.outcome = outcome(record)
+        ended_ms = milliseconds(record.get("ended_at"))
+        self.ended_ms = self.newest_ms if ended_ms is None else ended_ms
 
     def _add(self, parent: Node, node: Node) -> Node:
         node.started_ms = self.newest_ms
@@ -279,22 +287,39 @@ class RunModel:
             self._turn.end(State.DONE, self.newest_ms)
 
     def _whole_turn(self, record: dict[str, Any]) -> None:
-        """A turn that was recorded when it was over: what a tool was asked, and what it answered."""
-        name = clipped(text(record.get("tool")), TOLD_CHARACTERS) or "turn"
-        node = self._add(self._place, Node(Kind.TOOL, name))
-        node.detail = told(record.get("parameters") or record.get("prompt"))
-        node.write(told(record.get("output")))
+        """A turn that was recorded when it was over: what a tool was asked, and what it answered.
+
+        That of a proposal's action belongs to the tool that is shown already, which lacks what it was asked.
+        """
+        handle = key(record.get("handle"))
+        if handle and (shown := self.tree.tools.get(handle)) is not None:
+            shown.detail = shown.detail or given(record.get("parameters"))
+            return
+        index, tool = count(record.get("index")), told(record.get("tool"))
+        node = self._add(self._place, Node(Kind.TURN, "turn" if index is None else f"turn {index}"))
+        node.remark = "  ".join(said for said in (rejected(record), verdict(record)) if said)
+        node.detail = clipped(f"{tool}  {given(record.get('parameters'))}".strip(), TOLD_CHARACTERS) if tool else ""
+        node.detail = node.detail or told(record.get("prompt"))
+        output = record.get("output")
+        node.output = told(record.get("cli_outcome") if output is None else output)
         node.started_ms = None
         node.end(State.FAILED if record.get("policy_rejected") else State.DONE, None)
 
     def _whole_model_turn(self, record: dict[str, Any]) -> None:
-        self._turn_start({"turn": record.get("turn_index")})
+        """A turn of a model that was recorded when it was over: what it wrote, and which tools it asked for."""
+        number, took, used = count(record.get("turn_index")), count(record.get("duration_ms")), usage(record)
+        self.writing.break_line()
         self.writing.write("text", text(record.get("assistant_text")))
-        took = count(record.get("duration_ms"))
-        if self._turn is not None:
-            self._turn.started_ms = None if took is None else self.newest_ms - took
-        self._turn_end(record)
-        self._turn = None
+        self.writing.break_line()
+        node = self._add(self._place, Node(Kind.TURN, "model turn" if number is None else f"model turn {number}"))
+        node.detail = told(record.get("model_id"))
+        node.started_ms = None if took is None else self.newest_ms - took
+        node.tokens = used
+        self.tokens.add(used or Tokens())
+        for name, arguments in asked(record):
+            call = Node(Kind.CALL, f"asks for {name}" if name else "asks for", State.DONE, detail=given(arguments))
+            self._add(node, call).started_ms = None
+        node.end(State.DONE, self.newest_ms)
 
     # ---------------------------------------------------------------------------------------------------- tools
 

@@ -25,6 +25,7 @@ class Kind(StrEnum):
     VERIFICATION = "verification"
     TURN = "turn"
     TOOL = "tool"
+    CALL = "call"  # of a tool: a model asked for it, and what came of it is told elsewhere, if at all
     SPAN = "span"  # of an unknown kind: it had a start, and may have an end
     NOTE = "note"  # events of unknown types in a row, the latest shown
 
@@ -47,6 +48,7 @@ class Node:
     title: str
     state: State = State.RUNNING
     detail: str = ""
+    remark: str = ""  # what is said of it before its detail: that it was refused
     key: str = ""
     started_ms: int | None = None
     ended_ms: int | None = None

@@ -4,6 +4,7 @@ Everything here is bounded: a value of any size is told in a few words, without 
 """
 
 import reprlib
+from datetime import datetime
 from itertools import islice
 from typing import Any
 
@@ -28,6 +29,10 @@ class Tokens(Struct):
     input: int = 0
     output: int = 0
     total: int = 0
+
+    def __str__(self) -> str:
+        parts = f" ({self.input:,} in, {self.output:,} out)" if self.input or self.output else ""
+        return f"{self.total:,} tokens{parts}"
 
     def add(self, usage: "Tokens") -> None:
         """One more turn."""
@@ -70,6 +75,14 @@ def told(value: Any) -> str:
     if value is None:
         return ""
     return clipped(value if isinstance(value, str) else _short.repr(value), TOLD_CHARACTERS)
+
+
+def milliseconds(value: Any) -> int | None:
+    """A time of RFC 3339, since 1970."""
+    try:
+        return int(datetime.fromisoformat(text(value)).timestamp() * 1000)
+    except (ValueError, OverflowError):
+        return None
 
 
 def members(event: dict[str, Any]) -> str:

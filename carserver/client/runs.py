@@ -26,9 +26,9 @@ class Runs(api.Runs):
         """The records of a run as they happen, each once and in order, until the run is over.
 
         From the beginning it is the record `started`, then the log's entries, then `ended`, with which the iteration
-        ends. Lost connections and restarts of the daemon do not show, but as a pause. An interrupted run is over too
-        (`run_status` says so), and may go on: to read on then, or in another process, give the `cursor` and the
-        `epoch` of the last record.
+        ends. An entry is an `event`, or a `turn` or `model_turn` of an agent of the CAR dialect. Lost connections and
+        restarts of the daemon do not show, but as a pause. An interrupted run is over too (`run_status` says so), and
+        may go on: to read on then, or in another process, give the `cursor` and the `epoch` of the last record.
 
         Each trace has a connection of its own, from its first record to its end: leave it by `aclosing` where it is
         left before its end. One that is read slowly makes the daemon wait, and at last disconnect; it goes on all the

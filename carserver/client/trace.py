@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from msgspec import Raw, Struct
@@ -15,6 +15,7 @@ from msgspec import Raw, Struct
 from carserver.client.connection import Connection, Notification
 from carserver.client.errors import ClientError, ConnectionLost, TraceClosed, TraceReset
 from carserver.client.pauses import Pauses
+from carserver.client.records import Record
 from carserver.protocol.closing import Close
 from carserver.protocol.runs import RunRef, Subscribed
 from carserver.protocol.runs import TraceClosed as ClosedParams
@@ -27,7 +28,10 @@ Opener = Callable[[], AbstractAsyncContextManager[Connection]]
 
 
 class Traced(Struct, kw_only=True):
-    """The params of one `runs.trace.event`; `raw` is the same as the bytes that came, `epoch` the log's name."""
+    """The params of one `runs.trace.event`; `raw` is the same as the bytes that came, `epoch` the log's name.
+
+    `record` is what it tells, by its kind: see `carserver.client.records`.
+    """
 
     run_id: str
     agent_id: str
@@ -40,8 +44,13 @@ class Traced(Struct, kw_only=True):
 
     @property
     def kind(self) -> str:
-        """`started`, `event`, `ended`, or what later daemons send."""
+        """`started`, `event`, `turn`, `model_turn`, `ended`, or what later daemons send."""
         return str(self.record.get("record", ""))
+
+    @property
+    def typed(self) -> Record:
+        """`record`, for a type checker: `typed["record"] == "turn"` tells it the members that there are."""
+        return cast("Record", self.record)
 
 
 class _Position(Struct):

@@ -139,6 +139,11 @@ def trace_event(sequence: int, event: dict[str, Any], **members: Any) -> dict[st
     return _traced(record, sequence + 1, **members)
 
 
+def trace_turn(index: int, kind: str = "turn", **members: Any) -> dict[str, Any]:
+    """Params of a `runs.trace.event` that carries a turn that was recorded whole: `turn` or `model_turn`."""
+    return _traced({"record": kind, "index": index, **members}, index + 1)
+
+
 def trace_started(**members: Any) -> dict[str, Any]:
     record = {"record": "started", "run_id": "run-1", "agent_id": "", "intent": "do it", "started_at": "2026-11-20"}
     return _traced(record, 0, **members)

@@ -260,19 +260,6 @@ def test_unknown_types_are_a_note_and_unknown_starts_have_ends() -> None:
     assert (span.detail, span.fraction) == ("error: no", 0.5)
 
 
-def test_turns_recorded_whole_are_shown_as_done() -> None:
-    records: list[Event] = [
-        {"record": "turn", "tool": "echo", "parameters": {"a": 1}, "output": "o", "index": 0},
-        {"record": "model_turn", "turn_index": 1, "assistant_text": "hi", "duration_ms": 3, "token_usage": None},
-    ]
-    model = model_of([])
-    for n, record in enumerate(records):
-        members = {**trace_event(n, {}), "record": record}
-        model.take(msgspec.convert(members, Traced))
-    assert shape(model.tree.root) == [["echo", "done"], ["turn 1", "done"]]
-    assert model.writing.passages[-1].text == "hi"
-
-
 # ------------------------------------------------------------------------------------------------------ its end
 
 
