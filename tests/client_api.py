@@ -97,15 +97,20 @@ def _formatted(source: str) -> str:
     return subprocess.run(ruff, input=source, stdout=subprocess.PIPE, check=True, text=True).stdout
 
 
+def methods() -> list[Method]:
+    """The native ones, but that with which a connection begins to speak a dialect: the client speaks none."""
+    return [entry for entry in table().all().values() if not entry.dialect and entry.name != "server.handshake"]
+
+
 def _namespaces() -> dict[str, list[Method]]:
     found: dict[str, list[Method]] = {}
-    for entry in table().all().values():
+    for entry in methods():
         found.setdefault(entry.name.partition(".")[0], []).append(entry)
     return found
 
 
 def _again() -> dict[str, bool | str]:
-    return {entry.name: entry.again for entry in table().all().values() if entry.again}
+    return {entry.name: entry.again for entry in methods() if entry.again}
 
 
 # One method.

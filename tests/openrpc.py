@@ -28,19 +28,24 @@ def validate(document: dict[str, Any]) -> None:
     if error is not None:
         raise NotOpenRpc(f"{error.json_path}: {error.message}")
     _check_names(document)
-    _check_references(document)
+    check_references(document)
 
 
 def _check_names(document: dict[str, Any]) -> None:
     """Names of methods, and of one method's params, are unique; required params come first (Method Object, params)."""
-    methods = [method for method in document["methods"] if "name" in method]
-    _check_unique("methods", methods)
-    for method in methods:
-        params = [param for param in method["params"] if "name" in param]
-        _check_unique(method["name"], params)
-        required = [param.get("required", False) for param in params]
-        if required != sorted(required, reverse=True):
-            raise NotOpenRpc(f"{method['name']}: a required param after an optional one")
+    for part in ("methods", "x-car"):
+        methods = [method for method in document.get(part, []) if "name" in method]
+        _check_unique(part, methods)
+        for method in methods:
+            _check_params(method)
+
+
+def _check_params(method: dict[str, Any]) -> None:
+    params = [param for param in method["params"] if "name" in param]
+    _check_unique(method["name"], params)
+    required = [param.get("required", False) for param in params]
+    if required != sorted(required, reverse=True):
+        raise NotOpenRpc(f"{method['name']}: a required param after an optional one")
 
 
 def _check_unique(where: str, named: list[dict[str, Any]]) -> None:
@@ -49,7 +54,7 @@ def _check_unique(where: str, named: list[dict[str, Any]]) -> None:
         raise NotOpenRpc(f"{where}: a name twice in {names}")
 
 
-def _check_references(document: dict[str, Any]) -> None:
+def check_references(document: dict[str, Any]) -> None:
     """Every `$ref`, of OpenRPC or of a schema in it, points to something in the document."""
     resolver = Registry[Any]().resolver_with_root(DRAFT7.create_resource(document))
     waiting: list[Any] = [document]

@@ -17,9 +17,10 @@ from typing import Any
 import msgspec
 
 from carserver import __version__
-from carserver.daemon import METHOD_MODULES
+from carserver.methods.car.host import APPROVAL
 from carserver.methods.hosting import REQUEST_ID
 from carserver.methods.outputs import EXAMPLE_ID
+from carserver.methods.served import METHOD_MODULES
 from carserver.methods.server import EXAMPLE_PATH
 from carserver.methods.tools import HANDLE
 from carserver.protocol.codec import encode
@@ -28,25 +29,42 @@ from carserver.rpc.openrpc import document
 from tests.daemon import running
 from tests.peer import Peer, peer
 
+Key = tuple[str, str]
+"""A method's name and its dialect."""
+
 PAGE = Path(__file__).parent.parent / "docs/protocol.md"
 AUTH_TOKEN = "AUTH_TOKEN"
 LONG = 3_000  # characters of an answer that is shown whole
 
+DIGEST = "b5bb9d8014a0f9b1d61e21e796d78dccdf1352f23cd32812f4850b878ae4944c"
 VOLATILE = {
     "epoch": "ad0f6a0e-4a5c-4a57-a6a7-7f6f3a1d9d11",
     "boot_id": "5f0c1f6e-52f0-4d0c-9d65-2b8a3f0e9c77",
     "client_id": "c2b1f0a4-7c0e-4d37-8e55-9a4c1d2e3f60",
     "handle": HANDLE,
     "request_id": REQUEST_ID,
+    "digest": DIGEST,
+    "receipt_digest": DIGEST,
+    "terminal_digest": DIGEST,
+    "resumed_from_client_id": "0d7c9a52-3f64-4d0b-8a1e-6b5f2c9e7d14",
+    "proposal_id": "15fd91d22457",
+    "duration_ms": 12,
+    "total_duration_ms": 27,
     "started_at": "2026-11-20T08:11:31.053Z",
     "ended_at": "2026-11-20T08:11:32.118Z",
+    "pid": 4711,
     "database_bytes": 4096,
     "log_bytes": 131_072,
 }
 A_BACKUP = {"path": EXAMPLE_PATH, "bytes": 253_952}
 A_TIME_MS = 1_795_162_291_053
 DURATIONS = ("timeout_ms", "wait_ms")
+A_TIME = "2026-11-20T08:11:31.053Z"
+TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
 RANDOM = re.compile(r"[0-9a-f]{32}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+CALLS = {"tools.call": 1, "proposal.submit": 2}
+"""How often a method's example has a tool run that its caller hosts, before it is answered."""
+HANDSHAKE = {"protocol_version": 3}
 RESULT = {"matches": 1}
 """What the tool of an example answers."""
 
@@ -60,6 +78,13 @@ JSON-RPC 2.0 in WebSocket text frames, batches included. Authenticate by `Author
 or by `session.auth` as the first request. Params go by name, or by place in the order given here; members that a method
 does not know are ignored. Requests of one connection start in the order of their arrival and are answered as they
 finish. Every answer that acknowledges a change means that it is durable.
+"""
+CAR = """\
+## The CAR dialect
+
+A connection that has made [server.handshake](#serverhandshake) speaks it: there, these methods have the forms that the
+CAR client knows, and all others the native ones. Those that there are in the dialect alone are found without the
+handshake too. In the dialect `params` may be null where there are none.
 """
 
 
@@ -78,6 +103,8 @@ async def run_example(entry: Method, state: Path) -> tuple[Any, list[Any]]:
     """What a method's example answered on a fresh daemon, and what the daemon sent beside it."""
     with running(state, auth_token=AUTH_TOKEN) as daemon:
         async with peer(daemon, _token(entry)) as caller:
+            if entry.dialect:
+                await caller.call("server.handshake", HANDSHAKE)
             made: Any = {}
             for name, params in entry.example.before:
                 made = await caller.call(name, params)
@@ -87,9 +114,9 @@ async def run_example(entry: Method, state: Path) -> tuple[Any, list[Any]]:
             if isinstance(params, dict) and params.get("path") == EXAMPLE_PATH:
                 path = str(state.with_name(f"{state.name}-backup.db"))
                 return {**await caller.call(entry.name, {"path": path}), **A_BACKUP}, []
-            if entry.name == "tools.call":
+            if calls := CALLS.get(entry.name):
                 called = caller.start(entry.name, params)
-                beside = await _host(caller)
+                beside = [message for _ in range(calls) for message in await _host(caller)]
                 return await called, beside
             if entry.name == "tools.poll":
                 await _host(caller, {"kind": "text", "text": "main.py:7: TODO\n"})
@@ -101,6 +128,8 @@ async def _filled_in(params: dict[str, Any], made: Any, caller: Peer) -> dict[st
     """The params of an example with what stands for a random id replaced by the one that was made."""
     if params.get("id") == EXAMPLE_ID:
         return {**params, "id": made["id"]}
+    if params.get("approval_id") == APPROVAL:
+        return {**params, "approval_id": made["id"]}
     if params.get("handle") == HANDLE and isinstance(made, dict) and "handle" in made:
         return {**params, "handle": made["handle"]}
     if params.get("request_id") == REQUEST_ID:
@@ -133,20 +162,24 @@ def settled(value: Any, key: str = "") -> Any:
         return {name: settled(member, name) for name, member in value.items()}
     if isinstance(value, list):
         return [settled(member) for member in value]
-    if key in VOLATILE:
+    if key in VOLATILE and value is not None:
         return VOLATILE[key]
     if key == "id" and isinstance(value, str) and value.startswith("out-"):
         return EXAMPLE_ID
     if key in ("id", "session_id") and isinstance(value, str) and RANDOM.fullmatch(value):
         return VOLATILE["request_id" if key == "id" else "client_id"]
+    if isinstance(value, str) and TIME.fullmatch(value):
+        return A_TIME
     return A_TIME_MS if key.endswith("_ms") and key not in DURATIONS and isinstance(value, int) else value
 
 
-def page(whole: dict[str, Any], sections: Mapping[str, str]) -> str:
-    """The whole page; `sections` are those of the methods, by their names."""
+def page(whole: dict[str, Any], sections: Mapping[Key, str]) -> str:
+    """The whole page; `sections` are those of the methods."""
     schemas = whole["components"]["schemas"]
     parts = [INTRODUCTION, _errors(whole), "## Methods\n"]
-    parts += [sections[method["name"]] for method in whole["methods"]]
+    parts += [sections[method["name"], ""] for method in whole["methods"]]
+    parts.append(CAR)
+    parts += [sections[method["name"], "car"] for method in whole["x-car"]]
     parts.append("## What the daemon sends on its own\n")
     for notification in whole["x-notifications"]:
         parts.append(f"### {notification['name']}\n\n{notification['summary']}\n")
@@ -178,9 +211,7 @@ def _errors(whole: dict[str, Any]) -> str:
     )
 
 
-def _method(method: dict[str, Any], schemas: dict[str, Any], answer: Any, pushed: list[Any]) -> str:
-    entry = table().find(method["name"], "")
-    assert entry is not None
+def _method(entry: Method, method: dict[str, Any], schemas: dict[str, Any], answer: Any, pushed: list[Any]) -> str:
     lines = [f"### {method['name']}\n", f"{method['summary']}\n"]
     if "description" in method:
         lines.append(f"{method['description']}\n")
@@ -268,12 +299,11 @@ def _type_words(schema: dict[str, Any], schemas: dict[str, Any]) -> str:
     return f"{words}{_bounds(schema)}"
 
 
+_BOUNDS = {"minimum": "≥", "maximum": "≤", "minItems": "at least", "maxItems": "at most", "minLength": "at least"}
+
+
 def _bounds(schema: dict[str, Any]) -> str:
-    words = [
-        f"{sign} {schema[bound]}"
-        for bound, sign in (("minimum", "≥"), ("maximum", "≤"), ("minItems", "at least"), ("minLength", "at least"))
-        if bound in schema
-    ]
+    words = [f"{sign} {schema[bound]}" for bound, sign in _BOUNDS.items() if bound in schema]
     if "pattern" in schema:
         words.append(f"`{schema['pattern']}`")
     return f" ({', '.join(words)})" if words else ""
@@ -293,8 +323,9 @@ def _json(value: Any) -> str:
 async def section(entry: Method, state: Path) -> str:
     """A method's section of the page; its example is run for it."""
     whole = described()
-    method = next(method for method in whole["methods"] if method["name"] == entry.name)
-    return _method(method, whole["components"]["schemas"], *await run_example(entry, state))
+    methods = whole["x-car" if entry.dialect else "methods"]
+    method = next(method for method in methods if method["name"] == entry.name)
+    return _method(entry, method, whole["components"]["schemas"], *await run_example(entry, state))
 
 
 @functools.cache
@@ -304,10 +335,12 @@ def described() -> dict[str, Any]:
     return found
 
 
-def sections_of(text: str) -> dict[str, str]:
-    """The sections of the methods in a page, by their names."""
-    methods = text[text.index("## Methods\n") : text.index("## What the daemon sends on its own\n")]
-    return {found[1]: found[0] for found in _SECTION.finditer(methods)}
+def sections_of(text: str) -> dict[Key, str]:
+    """The sections of the methods in a page."""
+    native, _, rest = text[text.index("## Methods\n") :].partition("## The CAR dialect\n")
+    car, _, _ = rest.partition("## What the daemon sends on its own\n")
+    parts = {"": native, "car": car}
+    return {(found[1], dialect): found[0] for dialect, part in parts.items() for found in _SECTION.finditer(part)}
 
 
 _SECTION = re.compile(r"^### (\S+)\n.*?^```\n", re.MULTILINE | re.DOTALL)
@@ -315,8 +348,8 @@ _SECTION = re.compile(r"^### (\S+)\n.*?^```\n", re.MULTILINE | re.DOTALL)
 
 async def generate(folder: Path) -> str:
     """Runs every example and makes the page."""
-    entries = table().all().values()
-    sections = {entry.name: await section(entry, folder / str(place)) for place, entry in enumerate(entries)}
+    entries = table().all().items()
+    sections = {key: await section(entry, folder / str(place)) for place, (key, entry) in enumerate(entries)}
     return page(described(), sections)
 
 

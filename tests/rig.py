@@ -9,7 +9,8 @@ from typing import Any
 from carserver.config import Settings
 from carserver.core.outbox import Outbox
 from carserver.core.principals import CLIENT, Principal, Secrets
-from carserver.daemon import METHOD_MODULES, Authority, Daemon
+from carserver.daemon import Authority, Daemon
+from carserver.methods.served import METHOD_MODULES
 from carserver.front.handshake import policy_of
 from carserver.protocol.closing import Close
 from carserver.rpc.method import Table

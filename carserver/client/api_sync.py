@@ -335,10 +335,12 @@ class Runs:
     def import_(self, lines: Sequence[Any]) -> Imported:
         """Takes in runs and outputs as `carserver export` writes them: up to 1,000 lines in their order, all or none.
 
-        A line is `{run}` (a snapshot; its epoch is not looked at), a page of its events `{run_id, events: [{sequence,
-        timestamp_ms, status, event}]}`, or `{output, size, sha256}`. A run appears with its last event, as the host's,
-        in a log of another epoch; its lines may come in several calls, and a `{run}` line begins it anew. What is there
-        with the same content is skipped, with other content it is a `conflict` (`exists`); `path` names the line.
+        A line is `{run}` (a snapshot; its epoch is not looked at; with the `outcome` that it was completed with), a
+        page of its events `{run_id, events: [{sequence, timestamp_ms, status, record?, event}]}` (`record` is `turn` or
+        `model_turn` where the live trace has it as one), or `{output, size, sha256}`. A run appears with its last
+        event, as the host's, in a log of another epoch; its lines may come in several calls, and a `{run}` line begins
+        it anew. What is there with the same content is skipped, with other content it is a `conflict` (`exists`);
+        `path` names the line.
 
         For the host.
 

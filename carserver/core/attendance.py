@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from carserver.config import Settings
+from carserver.core.cache import SizedCache
 from carserver.core.outbox import Outbox
 from carserver.core.runs import Head, LiveRun
 
@@ -17,6 +18,11 @@ OWNER_GONE = "owner gone"
 
 class Attendant(Protocol):
     """A connection that may attend runs: it is told when one of them is cancelled."""
+
+    @property
+    def client_id(self) -> str:
+        """Its name."""
+        ...
 
     @property
     def outbox(self) -> Outbox:
@@ -70,6 +76,7 @@ class Attendance:
         self._graces: deque[tuple[float, str, int]] = deque()
         self._timer_set = False
         self._stamp = 0
+        self._last: SizedCache[str, str] = SizedCache(settings.topics, settings.topics_bytes)
 
     def attended_runs(self) -> int:
         """How many live runs somebody attends."""
@@ -122,10 +129,28 @@ class Attendance:
         run = self._runs.get(run_id)
         if run is None or by.closed:
             return
-        run.attendants.add(by)
+        if by not in run.attendants:
+            run.attendants.add(by)
+            self._last.put(run_id, by.client_id, len(by.client_id))
         run.reason = OWNER_GONE
         run.stamp = 0
         self._attended.setdefault(by, set()).add(run_id)
+
+    def last(self, run_id: str) -> str | None:
+        """The name of the connection that came to attend the run last, also once it is over; None if not known."""
+        return self._last.get(run_id)
+
+    def attend_alone(self, run_id: str, by: Attendant) -> None:
+        """A connection of the run's owner attends it from now on, if it is live, and nobody else any more."""
+        run = self._runs.get(run_id)
+        if run is None:
+            return
+        for attendant in run.attendants:
+            self._attends_no_more(attendant, run_id)
+        run.attendants.clear()
+        self.attend(run_id, by)
+        if not run.attendants:
+            self._begin_grace(run_id, run)
 
     def leave(self, attendant: Attendant) -> None:
         """A connection ended: it attends nothing any more."""
@@ -144,10 +169,13 @@ class Attendance:
     def _forget(self, run_id: str) -> None:
         run = self._runs.pop(run_id, None)
         for attendant in run.attendants if run else ():
-            attended = self._attended[attendant]
-            attended.discard(run_id)
-            if not attended:
-                del self._attended[attendant]
+            self._attends_no_more(attendant, run_id)
+
+    def _attends_no_more(self, attendant: Attendant, run_id: str) -> None:
+        attended = self._attended[attendant]
+        attended.discard(run_id)
+        if not attended:
+            del self._attended[attendant]
 
     def _begin_grace(self, run_id: str, run: _Run) -> None:
         self._stamp += 1

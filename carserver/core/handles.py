@@ -127,6 +127,7 @@ class Handle:
         self.result: bytes | None = None  # compact JSON
         self.result_ref: ResultRef | None = None
         self.error: str | None = None
+        self.terminal = False  # its host says that trying again will not help
         self.exit_code: int | None = None
         self.proof: Proof | None = None  # of a stop by the daemon
         self._maximum = settings.handle_chunks
@@ -274,6 +275,10 @@ class Handle:
     def told_proof(self) -> Proof | UnsetType:
         """How far a stop by the daemon is, where there was one."""
         return UNSET if self.proof is None else self.proof
+
+    def is_settled(self) -> bool:
+        """Whether no proof of a stop is awaited."""
+        return self.proof != "requested"
 
     def wake(self) -> None:
         """There is news; also for those who wait for the end or its proof, where it has ended."""

@@ -7,7 +7,7 @@ handle goes through then is `core.life`; here is who may see it, and how long it
 
 import hashlib
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
@@ -17,7 +17,7 @@ from carserver.core.attendance import Attendant
 from carserver.core.callers import Callers
 from carserver.core.counters import Counters
 from carserver.core.edits import UsedKey
-from carserver.core.execution import Call
+from carserver.core.execution import Call, ToolHost
 from carserver.core.finished import Finished
 from carserver.core.handleedits import Open, Opened
 from carserver.core.handles import Handle, Polled, Signal
@@ -35,6 +35,8 @@ RUN_OVER = "its run is over"
 CALLER_GONE = "the connection that called it has ended"
 NOT_STORED = "storage did not answer in time"
 
+Cancel = Callable[[str], object]
+"""Cancels a handle, for a reason in words, unless it has ended."""
 Key = tuple[str, str, str]
 """An idempotency key, with the principal and the method that it belongs to."""
 
@@ -49,12 +51,22 @@ class Order(NamedTuple):
     run_id: str | None = None
     timeout_ms: int | None = None
     key: str | None = None
+    attempt: int = 1
 
     def digest(self) -> bytes:
         """Of what was said; what means the same is the same, however it was spaced and ordered."""
         parameters = {} if isinstance(self.parameters, UnsetType) else msgspec.json.decode(self.parameters)
         said = [self.tool, parameters, self.action_id, self.run_id, self.timeout_ms]
         return hashlib.sha256(msgspec.json.encode(said, order="sorted")).digest()
+
+
+class Invoker(Attendant, Protocol):
+    """A connection that invokes tools."""
+
+    @property
+    def hosting(self) -> ToolHost | None:
+        """What runs the tools that it hosts itself, if it does."""
+        ...
 
 
 class _Opening:
@@ -122,6 +134,7 @@ class HandleStore:
         self._live: dict[str, dict[str, Life]] = {}  # of each principal, those that have not ended
         self._running = 0  # executions that were started, and are not known to be gone
         self._of_runs: dict[str, dict[str, Life]] = {}  # the live ones
+        self._stopping: dict[str | None, list[Handle]] = {}  # of runs: what was stopped, until it is known to be gone
         self._openings: dict[Key, _Opening] = {}
         self._keys: dict[Key, tuple[bytes, str]] = {}
         self._key_of: dict[str, Key] = {}
@@ -148,8 +161,12 @@ class HandleStore:
 
     # Invoking.
 
-    async def invoke(self, order: Order, principal: Principal, by: Attendant) -> Handle:
+    async def invoke(
+        self, order: Order, principal: Principal, by: Invoker, begun: Callable[[Cancel], None] = lambda _: None
+    ) -> Handle:
         """Starts a tool, once what has to be durable is; or gives the handle that the same key has made before.
+
+        `begun` is called with what cancels a new one, as soon as there is something to cancel: before it is durable.
 
         Raises:
             RpcError: not_found (tool, run), forbidden, conflict, invalid_params, limit_exceeded, overloaded; what
@@ -163,8 +180,9 @@ class HandleStore:
         if known is not None:
             self.callers.attach(known, by)
             return known.handle
-        entry, call = self._admit(order, principal)
+        entry, call = self._admit(order, principal, by)
         life = self._begin(call, principal)
+        begun(life.cancel)
         if key is None and order.run_id is None:
             self._start(life, entry, call)
             self.callers.attach(life, by)
@@ -183,9 +201,9 @@ class HandleStore:
             raise conflict("key_reused", "idempotency_key was used before with other params")
         return opening or self._lives.get(handle_id)
 
-    def _admit(self, order: Order, principal: Principal) -> tuple[Entry, Call]:
+    def _admit(self, order: Order, principal: Principal, by: Invoker) -> tuple[Entry, Call]:
         """What is to be run, if it may be."""
-        entry = self._toolbox.find(order.tool)
+        entry = self._toolbox.find(order.tool, by.hosting)
         if entry is None:
             raise not_found("tool", order.tool)
         parameters = entry.arguments.check(b"{}" if order.parameters is UNSET else bytes(order.parameters))
@@ -201,6 +219,7 @@ class HandleStore:
             action_id=order.action_id,
             timeout_ms=min(timeouts, default=None),
             run_id=order.run_id,
+            attempt=order.attempt,
         )
         refusal = entry.host.refuses(call)
         if refusal is not None:
@@ -310,7 +329,7 @@ class HandleStore:
             self._hooks.tool_started(handle.id, handle.tool, handle.run_id or "")
         life.start(entry.host, call)
 
-    async def call(self, order: Order, principal: Principal, by: Attendant) -> Handle:
+    async def call(self, order: Order, principal: Principal, by: Invoker) -> Handle:
         """Starts a tool and waits for its end; without a key it does not outlive the caller's connection.
 
         It raises as `invoke` does.
@@ -335,6 +354,18 @@ class HandleStore:
         """A run failed, was cancelled, interrupted or deleted: what runs in it ends."""
         for life in list(self._of_runs.get(run_id, {}).values()):
             life.cancel(RUN_OVER)
+
+    def stopping(self, run_id: str) -> list[Handle]:
+        """What ran in a run and was stopped, for whatever reason, and is not known to be gone."""
+        return self._stopping.get(run_id, []).copy()
+
+    async def are_gone(self, handles: Iterable[Handle]) -> bool:
+        """Waits until each of these stops is proven, or was given up; whether all are proven."""
+        gone = True
+        for handle in handles:
+            await handle.until(handle.is_settled, None, handle.awaiting, self._new_signal())
+            gone = gone and handle.proof == "confirmed"
+        return gone
 
     # Looking.
 
@@ -393,7 +424,7 @@ class HandleStore:
             return None
         self._lives[handle.id].cancel(f"cancelled by {principal.name}")
         if wait_ms:
-            await handle.until(lambda: handle.proof != "requested", wait_ms / 1000, handle.awaiting, self._new_signal())
+            await handle.until(handle.is_settled, wait_ms / 1000, handle.awaiting, self._new_signal())
         return handle
 
     def cancel_all(self, principal: Principal | None, reason: str) -> int:
@@ -406,6 +437,8 @@ class HandleStore:
     def _ended(self, life: Life) -> None:
         handle = life.handle
         self._remove_live(life)
+        if handle.run_id is not None and handle.proof == "requested":
+            self._stopping.setdefault(handle.run_id, []).append(handle)
         self.callers.ended(life)
         if handle.id in self._lives:
             self._keep(life)
@@ -426,8 +459,19 @@ class HandleStore:
     def _started(self) -> None:
         self._running += 1
 
-    def _settled(self) -> None:
+    def _settled(self, life: Life) -> None:
         self._running -= 1
+        self._stops_no_more(life.handle)
+
+    def _stops_no_more(self, handle: Handle) -> None:
+        """Unless it is still awaited, or known not to have stopped."""
+        if handle.proof == "requested" or (handle.proof == "unconfirmed" and handle.id in self._lives):
+            return
+        stopping = self._stopping.get(handle.run_id, [])
+        if handle in stopping:
+            stopping.remove(handle)
+            if not stopping:
+                del self._stopping[handle.run_id]
 
     def _crowded_out(self, handle: Handle) -> None:
         self._counters.handles_crowded_out += 1
@@ -435,6 +479,7 @@ class HandleStore:
 
     def _forget(self, handle: Handle) -> None:
         del self._lives[handle.id]
+        self._stops_no_more(handle)
         key = self._key_of.pop(handle.id, None)
         if key is not None:
             del self._keys[key]

@@ -13,7 +13,7 @@ from msgspec import Raw, Struct
 from carserver.config import Settings
 from carserver.core.chunks import encoded, pieces, preview, result_of
 from carserver.core.counters import Counters
-from carserver.core.execution import CLOSED, Call, Execution, Exit, ToolHost
+from carserver.core.execution import CLOSED, Call, Execution, Exit, TerminalError, ToolHost
 from carserver.core.handles import Handle, Input, Recording
 from carserver.core.outputstore import OutputStore
 from carserver.core.ports import Timer
@@ -49,7 +49,7 @@ class Around(Struct, frozen=True, kw_only=True):
     streams: ToolStreams
     outputs: OutputStore
     started: Callable[[], None]
-    settled: Callable[[], None]
+    settled: Callable[["Life"], None]
     ended: Callable[["Life"], None]
 
 
@@ -127,6 +127,7 @@ class Life:
             case GivenDone():
                 self._take_done(chunk, exit_code)
             case ErrorChunk():
+                self.handle.terminal = isinstance(chunk, TerminalError)
                 self._take_error(chunk.message, exit_code)
 
     def close(self, why: str = CLOSED) -> None:
@@ -153,7 +154,7 @@ class Life:
         if not self._settled:
             self._settled = True
             self._execution = None
-            self._around.settled()
+            self._around.settled(self)
 
     # What the store does to it.
 

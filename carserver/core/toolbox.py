@@ -1,13 +1,17 @@
 """The tools that there are, by name: those that sessions host and those of the tools file (contract, section 6).
 
 A handle keeps what runs it: what was unregistered, or replaced, goes on running.
+
+A name is one tool's, but for those that a session hosts for itself (in the CAR dialect, where each agent registers a
+`finish` of its own): such a session gets its own, and all others get whichever was there first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 import orjson
 from msgspec import UNSET, Raw, Struct, UnsetType
+from msgspec.structs import replace
 
 from carserver.config import MIB, Settings
 from carserver.core.arguments import NOTHING, Arguments
@@ -49,6 +53,11 @@ class Entry(Struct, frozen=True, kw_only=True):
     def arguments(self) -> Arguments:
         """What its parameters must be."""
         return self.definition.arguments
+
+    @property
+    def car_listed(self) -> bytes:
+        """As it is listed in the CAR dialect, as JSON."""
+        return self.definition.listed if self.hosting is None else encode(replace(self.tool, source="user_defined"))
 
 
 def define(given: GivenTool, source: Source, settings: Settings, at: str) -> Definition:
@@ -102,30 +111,35 @@ class Toolbox:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._entries: dict[str, Entry] = {}
-        self._hosted: dict[ToolHost, set[str]] = {}
+        self._entries: dict[str, list[Entry]] = {}  # of each name, in the order in which they came
+        self._hosted: dict[ToolHost, dict[str, Entry]] = {}
         self._bytes = 0
         self._pattern_bytes = 0
         self._list: bytes | None = None  # until something changes
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return sum(map(len, self._entries.values()))
 
     @property
     def size(self) -> int:
         """Bytes of all definitions."""
         return self._bytes
 
-    def find(self, name: str) -> Entry | None:
-        """The tool of this name; None if there is none."""
-        return self._entries.get(name)
+    def find(self, name: str, hosting: ToolHost | None = None) -> Entry | None:
+        """The tool that a session means by this name; `hosting` is what it hosts. None if there is none."""
+        own = None if hosting is None else self._hosted.get(hosting, {}).get(name)
+        return own or next(iter(self._entries.get(name, ())), None)
 
     def list(self) -> bytes:
         """All tools, by name: a `ToolList`, as JSON."""
         if self._list is None:
-            listed = [self._entries[name].definition.listed for name in sorted(self._entries)]
-            self._list = b'{"tools":[%b],"count":%d}' % (b",".join(listed), len(listed))
+            self._list = _listed(entries[0].definition.listed for _, entries in sorted(self._entries.items()))
         return self._list
+
+    def car_list(self, hosting: ToolHost | None) -> bytes:
+        """The tools that a session means by their names: a `CarToolList`, as JSON."""
+        found = (self.find(name, hosting) for name in sorted(self._entries))
+        return _listed(entry.car_listed for entry in found if entry is not None)
 
     def declare(self, definition: Definition, host: ToolHost, timeout_ms: int | None) -> None:
         """A tool of the tools file, whose names are its own and whose limits were checked there."""
@@ -139,46 +153,46 @@ class Toolbox:
         """
         return define(given, "client", self._settings, f"[{place}]")
 
-    def register(self, hosting: ToolHost, definitions: Sequence[Definition]) -> int:
+    def register(self, hosting: ToolHost, definitions: Sequence[Definition], *, for_itself: bool = False) -> int:
         """The tools of a session, all or none; their number. One's own of the same names are replaced.
+
+        `for_itself`: it does not matter who else has tools of these names.
 
         Raises:
             RpcError: conflict (name_taken); invalid_params for a name given twice; limit_exceeded.
         """
         names: set[str] = set()
         for place, definition in enumerate(definitions):
-            self._check_name(hosting, definition.tool.name, names, f"[{place}].name")
+            if definition.tool.name in names:
+                raise invalid_params(f"[{place}].name", f"{definition.tool.name!r} stands in this array twice")
+            if not for_itself:
+                self._check_free(hosting, definition.tool.name, f"[{place}].name")
             names.add(definition.tool.name)
-        own = self._hosted.get(hosting, set())
-        self._check_limits(definitions, len(own | names), [self._entries[name] for name in own & names])
+        own = self._hosted.get(hosting, {})
+        self._check_limits(definitions, len(own.keys() | names), [own[name] for name in own.keys() & names])
         for definition in definitions:
             self._put(Entry(definition=definition, host=hosting, timeout_ms=None, hosting=hosting))
-        if names:
-            self._hosted.setdefault(hosting, set()).update(names)
         return len(definitions)
 
     def unregister(self, hosting: ToolHost | None, name: str) -> int:
         """Takes one's own tool of this name away; 1, or 0 where there is none."""
-        entry = self._entries.get(name)
-        if hosting is None or entry is None or entry.hosting is not hosting:
+        own = {} if hosting is None else self._hosted.get(hosting, {})
+        entry = own.pop(name, None)
+        if entry is None or hosting is None:
             return 0
-        self._remove(name)
-        own = self._hosted[hosting]
-        own.remove(name)
+        self._remove(entry)
         if not own:
             del self._hosted[hosting]
         return 1
 
     def drop(self, hosting: ToolHost) -> None:
         """Takes all tools of a session away: it hosts no more."""
-        for name in self._hosted.pop(hosting, ()):
-            self._remove(name)
+        for entry in self._hosted.pop(hosting, {}).values():
+            self._remove(entry)
 
-    def _check_name(self, hosting: ToolHost, name: str, given: set[str], at: str) -> None:
-        if name in given:
-            raise invalid_params(at, f"{name!r} stands in this array twice")
-        there = self._entries.get(name)
-        if there is not None and there.hosting is not hosting:
+    def _check_free(self, hosting: ToolHost, name: str, at: str) -> None:
+        there = next((entry for entry in self._entries.get(name, ()) if entry.hosting is not hosting), None)
+        if there is not None:
             whose = "the tools file declares" if there.hosting is None else "another session hosts"
             raise conflict("name_taken", f"{at}: {whose} a tool {name!r} already", path=at)
 
@@ -195,15 +209,34 @@ class Toolbox:
             raise limit_exceeded("pattern_bytes", patterns, PATTERN_BYTES)
 
     def _put(self, entry: Entry) -> None:
-        if entry.tool.name in self._entries:
-            self._remove(entry.tool.name)
-        self._entries[entry.tool.name] = entry
-        self._bytes += len(entry.definition.listed)
-        self._pattern_bytes += entry.arguments.pattern_bytes
+        name, hosting = entry.tool.name, entry.hosting
+        entries = self._entries.setdefault(name, [])
+        before = None
+        if hosting is not None:
+            own = self._hosted.setdefault(hosting, {})
+            before, own[name] = own.get(name), entry
+        if before is None:
+            entries.append(entry)
+        else:
+            entries[entries.index(before)] = entry
+            self._count(before, -1)
+        self._count(entry, 1)
+
+    def _remove(self, entry: Entry) -> None:
+        entries = self._entries[entry.tool.name]
+        entries.remove(entry)
+        if not entries:
+            del self._entries[entry.tool.name]
+        self._count(entry, -1)
+
+    def _count(self, entry: Entry, sign: int) -> None:
+        """It is there now (1), or no more (-1)."""
+        self._bytes += sign * len(entry.definition.listed)
+        self._pattern_bytes += sign * entry.arguments.pattern_bytes
         self._list = None
 
-    def _remove(self, name: str) -> None:
-        entry = self._entries.pop(name)
-        self._bytes -= len(entry.definition.listed)
-        self._pattern_bytes -= entry.arguments.pattern_bytes
-        self._list = None
+
+def _listed(tools: Iterable[bytes]) -> bytes:
+    """A `ToolList`."""
+    listed = [*tools]
+    return b'{"tools":[%b],"count":%d}' % (b",".join(listed), len(listed))

@@ -1,5 +1,8 @@
 """`tools.register`, `tools.unregister`, `tools.list`: what tools there are (contract, section 6)."""
 
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
 from carserver.config import KIB
 from carserver.core.toolbox import Definition
 from carserver.protocol.errors import ErrorKind, limit_exceeded
@@ -7,6 +10,7 @@ from carserver.protocol.tools import GivenTool, ToolList, ToolRef, Unregistered
 from carserver.rpc.method import Encoded, Example, method
 from carserver.rpc.session import Session
 
+T = TypeVar("T")
 _AT_ONCE_BYTES = 64 * KIB  # of definitions that are checked before others have their turn: the worst takes 0.1 s
 
 _GREP = {
@@ -33,18 +37,31 @@ async def register(session: Session, params: list[GivenTool]) -> int:
     checked. What a schema refers to stands in it (`#/$defs/path`), and its patterns have no look-around and no
     back-references: they are matched in linear time.
     """
+    return await host(session, params, lambda tool: tool)
+
+
+async def host(
+    session: Session, given: Sequence[T], native: Callable[[T], GivenTool], *, for_itself: bool = False
+) -> int:
+    """Hosts tools on a connection, all or none; their number.
+
+    `native` makes of what was given what is checked. `for_itself`: others may have tools of the same names.
+
+    Raises:
+        RpcError: invalid_params, conflict, limit_exceeded.
+    """
     toolbox, settings = session.services.toolbox, session.services.settings
-    if len(params) > settings.hosted_tools:
-        raise limit_exceeded("hosted_tools", len(params), settings.hosted_tools)
+    if len(given) > settings.hosted_tools:
+        raise limit_exceeded("hosted_tools", len(given), settings.hosted_tools)
     definitions: list[Definition] = []
     at_once = 0
-    for place, given in enumerate(params):
-        definitions.append(toolbox.define(given, place))
+    for place, tool in enumerate(given):
+        definitions.append(toolbox.define(native(tool), place))
         at_once += len(definitions[-1].listed)
         if at_once > _AT_ONCE_BYTES:
             at_once = 0
             await session.services.daemon.sleep(0)
-    return toolbox.register(session.host_tools(), definitions)
+    return toolbox.register(session.host_tools(), definitions, for_itself=for_itself)
 
 
 @method("tools.unregister", again=True, example=Example({"name": "grep"}, before=[("tools.register", [_GREP])]))

@@ -21,6 +21,8 @@ class ErrorKind(Enum):
     AUTH_FAILED = (-32001, "auth_failed", "a wrong token; the connection stays open")
     FORBIDDEN = (-32003, "forbidden", "visible, but not allowed to this principal")
     DEADLINE_EXCEEDED = (-32004, "deadline_exceeded", "storage did not answer in time; the outcome is unknown")
+    VERSION_MISMATCH = (-32006, "version_mismatch", "`server.handshake` asks for a version that is not served")
+    CAPABILITY_MISSING = (-32008, "capability_missing", "`server.handshake` requires a capability that there is not")
     NOT_FOUND = (-32010, "not_found", "unknown, or not visible to this principal")
     CONFLICT = (-32011, "conflict", "what is stored disagrees; `reason` says how")
     LIMIT_EXCEEDED = (-32012, "limit_exceeded", "over a limit: `limit`, `value`, `maximum`")
@@ -53,7 +55,7 @@ def invalid_params(path: str, message: str) -> RpcError:
 
 
 def not_found(what: str, name: str) -> RpcError:
-    """`what` is run, output, handle or tool. The same words for what is unknown and for what is not yours."""
+    """`what` is run, output, handle, tool or the like. The same words for what is unknown and for what is not yours."""
     shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}…"
     return RpcError(ErrorKind.NOT_FOUND, f"unknown {what} {shown!r}", what=what)
 

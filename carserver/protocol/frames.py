@@ -72,8 +72,12 @@ Params = dict[str, Any] | list[Any] | None
 """Parsed; None where there are none."""
 
 
-def read_request(value: dict[str, Any], id_chars: int) -> tuple[bytes | None, str, Params]:
+def read_request(
+    value: dict[str, Any], id_chars: int, *, null_params: bool = False
+) -> tuple[bytes | None, str, Params]:
     """The id of a request as JSON bytes (None: a notification), its method, its params (JSON-RPC 2.0, section 4).
+
+    `null_params`: they may be null, which says that there are none; the CAR client sends that.
 
     Raises:
         InvalidRequest: naming the member.
@@ -98,7 +102,8 @@ def read_request(value: dict[str, Any], id_chars: int) -> tuple[bytes | None, st
     if type(method) is not str:
         raise InvalidRequest(id_ or b"null", "method: must be a string")
     params = value.get("params")
-    if type(params) is not dict and type(params) is not list and (params is not None or "params" in value):
+    left_out = params is None and (null_params or "params" not in value)
+    if type(params) is not dict and type(params) is not list and not left_out:
         raise InvalidRequest(id_ or b"null", "params: must be an object or an array, or be left out")
     return id_, method, params
 
@@ -149,6 +154,13 @@ def read_reply(value: dict[str, Any], message: bytes | Raw, nesting: int) -> tup
     if type(error) is not dict or type(error.get("message")) is not str:
         return None, "the answer's error is no object with a string `message`"
     return None, error["message"]
+
+
+def is_terminal(value: dict[str, Any]) -> bool:
+    """Whether a reply is an error after which, its host says, trying again will not help: `error.data.terminal`."""
+    error = value.get("error")
+    data = error.get("data") if type(error) is dict else None
+    return type(data) is dict and data.get("terminal") is True
 
 
 def result_frame(id_: bytes, result: bytes) -> bytes:

@@ -17,6 +17,7 @@ from carserver.protocol.frames import InvalidRequest
 from carserver.rpc import eager
 from carserver.rpc.method import Encoded, Method, Replied, Table
 from carserver.rpc.session import Callback, Services, Session
+from carserver.rpc.unknown import UnknownMethod
 
 log = logging.getLogger("carserver.rpc")
 
@@ -36,7 +37,6 @@ UNDECLARED = frozenset(
     }
 )
 _SHORT_REPLY = 1024  # bytes: an error with the longest id
-_SHOWN = 128  # characters of a method's name in a message
 
 
 class Receiver(Protocol):
@@ -52,7 +52,7 @@ class Dispatcher:
 
     def __init__(self, table: Table, services: Services) -> None:
         self._table = table
-        self._native = table.native
+        self._native = table.spoken("")
         self._daemon = services.daemon
         self._counters = services.counters
         self._settings = services.settings
@@ -127,12 +127,17 @@ class Dispatcher:
                 to.deliver(None, None, None)
                 return
             self._counters.requests += 1
-            id_, name, params = frames.read_request(value, self._settings.id_chars)
+            if session.dialect and value.get("params") is None:
+                value.pop("params", None)  # the CAR client sends null where it has none
+            null_params = bool(session.dialect)
+            id_, name, params = frames.read_request(value, self._settings.id_chars, null_params=null_params)
             entry = self._find(session, name)
             arguments = entry.arguments(params, message)
         except Exception as error:  # noqa: BLE001 - the one door to the wire
             if isinstance(error, InvalidRequest):
                 id_ = error.id_
+            elif isinstance(error, UnknownMethod):
+                error = error.with_hint(self._table.spoken(session.dialect), session.dialect)
             self._fail(session, id_, self._refusal(session, error, entry), to)
             return
         self._run(session, id_, entry, arguments, to)
@@ -143,7 +148,7 @@ class Dispatcher:
         hosting = session.hosting
         if hosting is not None and type(id_) is str and hosting.expects(id_):
             result, error = frames.read_reply(value, message, self._settings.value_nesting)
-            hosting.answered(id_, result, error)
+            hosting.answered(id_, result, error, terminal=frames.is_terminal(value))
             return True
         stray = "result" in value or "error" in value
         self._counters.stray_replies += stray
@@ -171,8 +176,7 @@ class Dispatcher:
         if principal is None and (entry is None or entry.role != "anyone"):
             raise RpcError(ErrorKind.AUTH_REQUIRED, "not authenticated: session.auth comes first")
         if entry is None:
-            shown = repr(name) if len(name) <= _SHOWN and name.isprintable() else "of that name"
-            raise RpcError(ErrorKind.METHOD_NOT_FOUND, f"no method {shown}; rpc.discover lists what there is")
+            raise UnknownMethod(name)
         if entry.role == "host" and principal is not None and principal.role != "host":
             raise RpcError(ErrorKind.FORBIDDEN, f"{entry.name} is for the host")
         self._check_draining(entry)

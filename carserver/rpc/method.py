@@ -280,7 +280,11 @@ def _mentions_raw(type_: Any) -> bool:
 
 
 class Table:
-    """All methods, by name and dialect."""
+    """All methods, by name and dialect.
+
+    What is declared for a dialect alone, without a native twin, is found by who speaks none too: the CAR clients up to
+    0.20.0 never make its handshake.
+    """
 
     def __init__(self, methods: Iterable[Method]) -> None:
         self._methods: dict[tuple[str, str], Method] = {}
@@ -289,7 +293,13 @@ class Table:
             if key in self._methods:
                 raise TypeError(f"method {entry.name!r} is declared twice")
             self._methods[key] = entry
-        self.native = {entry.name: entry for entry in self._methods.values() if not entry.dialect}
+        foreign = {name: entry for (name, dialect), entry in self._methods.items() if dialect}
+        self._plain = foreign | self._of("")
+        dialects = {dialect for _, dialect in self._methods if dialect}
+        self._dialects = {dialect: self._plain | self._of(dialect) for dialect in dialects}
+
+    def _of(self, dialect: str) -> dict[str, Method]:
+        return {name: entry for (name, spoken), entry in self._methods.items() if spoken == dialect}
 
     @classmethod
     def of(cls, modules: Iterable[ModuleType]) -> "Table":
@@ -311,9 +321,12 @@ class Table:
         return cls(found)
 
     def find(self, name: str, dialect: str) -> Method | None:
-        """The dialect's own, else the native one."""
-        native = self.native.get(name)
-        return self._methods.get((name, dialect), native) if dialect else native
+        """The dialect's own, else the native one, else another dialect's."""
+        return self.spoken(dialect).get(name)
+
+    def spoken(self, dialect: str) -> Mapping[str, Method]:
+        """All that a connection finds which speaks this (empty: no dialect), by name."""
+        return self._dialects.get(dialect, self._plain)
 
     def all(self) -> Mapping[tuple[str, str], Method]:
         """Every method, by (name, dialect)."""

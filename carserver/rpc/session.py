@@ -6,22 +6,28 @@ from typing import Any, Protocol
 from msgspec import Struct
 
 from carserver.config import Settings
+from carserver.core.approvals import Approvals
 from carserver.core.counters import Counters
 from carserver.core.handlestore import HandleStore
+from carserver.core.hostboard import GONE as SESSION_GONE
+from carserver.core.hostboard import Board, Follower, Seat
 from carserver.core.hosting import GONE, Hosting
 from carserver.core.outbox import Outbox
 from carserver.core.outputstore import OutputStore
 from carserver.core.principals import Principal
 from carserver.core.prune import Pruner
 from carserver.core.runstore import Clock, RunStore
+from carserver.core.submissions import Proposals
 from carserver.core.subscription import Subscription
 from carserver.core.toolbox import Toolbox
 from carserver.core.toolstream import Stream
 from carserver.core.watch import Watch
 from carserver.protocol.closing import Close
 from carserver.protocol.frames import notification
+from carserver.protocol.handshake import ServerSchema
 from carserver.protocol.runs import WatchReset
 from carserver.protocol.server import BackedUp, ServerStatus
+from carserver.rpc.method import Table
 
 Callback = Callable[[bool], None]
 """What is to happen once a reply is queued; it is told whether that says what the method answered."""
@@ -51,6 +57,16 @@ class Daemon(Protocol):
         """Its OpenRPC document."""
         ...
 
+    @property
+    def car_schema(self) -> ServerSchema:
+        """Of that document, the CAR dialect."""
+        ...
+
+    @property
+    def table(self) -> Table:
+        """All methods."""
+        ...
+
     def new_id(self) -> str:
         """A random UUID (version 4)."""
         ...
@@ -76,6 +92,9 @@ class Services(Struct, frozen=True):
     pruner: Pruner
     tools: HandleStore
     toolbox: Toolbox
+    proposals: Proposals
+    host: Board
+    approvals: Approvals
     daemon: Daemon
     authority: Authority
     clock: Clock
@@ -143,6 +162,10 @@ class Session:
         self.watch: Watch | None = None
         self.tool_stream: Stream | None = None
         self.hosting: Hosting | None = None  # from the first tool on that it hosts
+        self.seat: Seat | None = None  # at the host board, from its first word there on
+        self.host_events: Follower | None = None
+        self.halted: str | None = None  # what failed for good: no more proposals, until the peer reconnects
+        self.current_run: str | None = None  # in the CAR dialect: the run that its proposals are part of
 
     @property
     def acting(self) -> Principal:
@@ -156,6 +179,12 @@ class Session:
             services = self.services
             self.hosting = Hosting(self.outbox, self.client_id, services.clock, services.settings)
         return self.hosting
+
+    def take_seat(self) -> Seat:
+        """What it has at the host board."""
+        if self.seat is None:
+            self.seat = Seat(self.client_id)
+        return self.seat
 
     def authenticate(self, principal: Principal) -> None:
         """From now on it acts as `principal`; what it attended, followed, watched and hosted as somebody else ends."""
@@ -176,6 +205,8 @@ class Session:
             self.outbox.send(notification("runs.watch.reset", WatchReset(reason=f"{reason}: watch again")))
         self._drop_tool_stream()
         self._host_no_more(reason)
+        self._leave_seat(reason)
+        self.current_run = None
         self.services.tools.callers.leave(self)
 
     def _host_no_more(self, reason: str) -> None:
@@ -184,6 +215,12 @@ class Session:
         if hosting is not None:
             self.services.toolbox.drop(hosting)
             hosting.close(reason)
+
+    def _leave_seat(self, reason: str) -> None:
+        """What it registered at the host board is gone. What it follows there goes on: that is for everyone."""
+        seat, self.seat = self.seat, None
+        if seat is not None:
+            self.services.host.leave(seat, reason)
 
     def _drop_tool_stream(self) -> None:
         if self.tool_stream is not None:
@@ -234,7 +271,10 @@ class Session:
         if self.watch is not None:
             self.services.runs.watchers.drop(self.watch)
         self._drop_tool_stream()
+        if self.host_events is not None:
+            self.services.host.unfollow(self.host_events)
         self.services.runs.attendance.leave(self)
         self.outbox.discard()
         self._host_no_more(GONE)
+        self._leave_seat(SESSION_GONE)
         self.services.tools.callers.leave(self)

@@ -14,13 +14,12 @@ import pytest
 
 from carserver.client import api, api_sync
 from carserver.rpc.method import Method
-from tests.client_api import FILES, method_name
+from tests.client_api import FILES, method_name, methods
 from tests.client_api import api as made
 from tests.daemon import ROOT
-from tests.reference import table
 
 PROGRAM = Path(__file__).with_name("typed_client.py")
-METHODS = [pytest.param(entry, id=entry.name) for entry in table().all().values()]
+METHODS = [pytest.param(entry, id=entry.name) for entry in methods()]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -83,13 +82,13 @@ def read(entry: Method, params: Any) -> Any:
 
 
 def test_null_is_a_value_where_any_json_is_taken_and_otherwise_it_is_left_out() -> None:
-    (create,) = (entry for entry in table().all().values() if entry.name == "runs.create")
+    (create,) = (entry for entry in methods() if entry.name == "runs.create")
     given = {"prompt": "p", "metadata": None, "agent_id": None}
     assert sent(create, given, blocking=False).params == {"prompt": "p", "session_id": "", "metadata": None}
 
 
 def test_what_may_be_sent_again_is_what_the_declarations_say() -> None:
-    assert {entry.name: entry.again for entry in table().all().values() if entry.again} == api.AGAIN
+    assert {entry.name: entry.again for entry in methods() if entry.again} == api.AGAIN
     assert {"runs.record": "batch_id", "tools.call": "idempotency_key", "runs.get": True}.items() <= api.AGAIN.items()
     assert not api.AGAIN.keys() & {"runs.delete", "tools.cancel_all", "tools.chunk", "server.prune", "runs.import"}
 
@@ -121,9 +120,7 @@ def test_the_program_has_every_method_of_both_kinds() -> None:
             for call in ast.walk(function)
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)
         }
-        wanted = {
-            f"{entry.name.partition('.')[0].capitalize()}.{method_name(entry)}" for entry in table().all().values()
-        }
+        wanted = {f"{entry.name.partition('.')[0].capitalize()}.{method_name(entry)}" for entry in methods()}
         assert wanted - called == set()
 
 

@@ -295,6 +295,8 @@ class Caller:
     """A connection; implements `core.attendance.Attendant`."""
 
     def __init__(self, principal: Principal) -> None:
+        self.client_id = ""
+        self.hosting = None
         self.principal = principal
         self.closed = False
         self.outbox = Outbox(lambda payload: payload, 1 << 20, lambda: None)

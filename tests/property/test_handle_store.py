@@ -363,10 +363,11 @@ class Steps(RuleBasedStateMachine):
         for left in (tools._lives, tools._live, tools._of_runs, tools.callers._invoked, tools._openings, tools._keys):
             assert not left
         assert not tools._key_of
+        assert not tools._stopping
         assert not tools.finished._owners
         assert tools.live == tools.running == 0
         streams: Any = world.streams
-        for left in (streams._streams, streams._of_handle, streams._of_owner, streams._fed):
+        for left in (streams._streams, streams._of_handle, streams._of_owner):
             assert not left
         assert not world.toolbox._entries
         assert not world.toolbox._hosted

@@ -162,7 +162,7 @@ class Handles(RuleBasedStateMachine):
     def _started(self) -> None:
         self.world.started += 1
 
-    def _settled(self) -> None:
+    def _settled(self, _: Life) -> None:
         self.world.settled += 1
 
     # The model.

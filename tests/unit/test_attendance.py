@@ -20,7 +20,8 @@ SETTINGS = Settings(grace_s=GRACE_S, interrupts_at_once=AT_ONCE, interrupts_paus
 class Peer:
     """A connection that may attend."""
 
-    def __init__(self) -> None:
+    def __init__(self, client_id: str = "") -> None:
+        self.client_id = client_id
         self.outbox = Outbox(bytes, 1_000, lambda: None)
         self.closed = False
 
@@ -290,4 +291,46 @@ def test_whoever_polls_for_a_live_run_attends_it_and_of_one_that_is_over_nothing
     watch.changed(live=False)
     watch.attendance.attend("run", Peer())
     assert not watch.attendance.is_live("run")
+    assert watch.attendance._attended == {}
+
+
+def test_whoever_takes_a_run_over_attends_it_alone_and_is_remembered_as_the_last(watch: Watch) -> None:
+    old, beside, new = Peer("old"), Peer("beside"), Peer("new")
+    watch.changed(old)
+    watch.changed(beside)
+    assert watch.attendance.last("run") == "beside"
+    watch.attendance.attend_alone("run", old)
+    assert (watch.attendance.attendants("run"), watch.attendance.last("run")) == ([old], "old")
+    watch.leaves(beside)
+    watch.changed(new)
+    watch.attendance.attend_alone("run", new)
+    watch.leaves(old)
+    watch.time.passes(10 * GRACE_S)
+    assert watch.interrupted == []
+    watch.leaves(new)
+    watch.time.passes(GRACE_S)
+    assert watch.interrupted == [("run", 1, OWNER_GONE)]
+
+
+def test_of_two_who_take_a_run_over_at_once_the_second_attends_it(watch: Watch) -> None:
+    first, second = Peer("first"), Peer("second")
+    watch.changed(first)
+    watch.changed(second)  # both resumed it, in one commit
+    watch.attendance.attend_alone("run", first)
+    watch.attendance.attend_alone("run", second)
+    assert watch.attendance.attendants("run") == [second]
+    watch.leaves(second)
+    watch.time.passes(GRACE_S)
+    assert watch.interrupted == [("run", 1, OWNER_GONE)]
+
+
+def test_a_run_that_is_taken_over_by_one_who_is_gone_by_then_has_its_grace(watch: Watch) -> None:
+    old, gone = Peer("old"), Peer("gone")
+    watch.changed(old)
+    watch.leaves(gone)
+    watch.attendance.attend_alone("run", gone)
+    watch.time.passes(GRACE_S)
+    assert watch.interrupted == [("run", 1, OWNER_GONE)]
+    watch.changed(live=False)
+    watch.attendance.attend_alone("run", old)
     assert watch.attendance._attended == {}

@@ -221,3 +221,44 @@ def test_a_definition_keeps_no_other_bytes_alive() -> None:
     message = Raw(b'{"type": "object"}' + b" " * 100_000)
     tool = define(GivenTool(name="a", parameters=message, returns=UNSET), "client", Settings(), "[0]").tool
     assert bytes(tool.parameters) == b'{"type":"object"}'
+
+
+def for_itself(box: Toolbox, host: Host, *tools: Any) -> int:
+    definitions = [box.define(tool, place) for place, tool in enumerate(given(*tools))]
+    return box.register(host, definitions, for_itself=True)
+
+
+def hosts_of(box: Toolbox, name: str, *sessions: Host | None) -> list[Any]:
+    """Who runs the tool of this name for each of these sessions."""
+    return [entry and entry.host for entry in (box.find(name, session) for session in sessions)]
+
+
+def test_what_a_session_hosts_for_itself_is_its_own_and_everyone_elses_is_the_first() -> None:
+    box = Toolbox(Settings())
+    declare(box, "f")
+    assert for_itself(box, ONE, "finish", "f") == 2
+    assert for_itself(box, OTHER, "finish") == 1
+    assert hosts_of(box, "finish", ONE, OTHER, None) == [ONE, OTHER, ONE]
+    assert hosts_of(box, "f", ONE, OTHER, None) == [ONE, FILE, FILE]
+    names = [tool["name"] for tool in json.loads(box.list())["tools"]]
+    assert names == ["f", "finish"]
+    sources = {tool["name"]: tool["source"] for tool in json.loads(box.car_list(ONE))["tools"]}
+    assert sources == {"f": "user_defined", "finish": "user_defined"}
+    assert {tool["source"] for tool in json.loads(box.car_list(None))["tools"]} == {"process", "user_defined"}
+    assert refused(box, Host(), "finish").data["reason"] == "name_taken"  # one that is to be the only one
+
+
+def test_when_the_first_of_a_name_goes_the_next_takes_its_place() -> None:
+    box = Toolbox(Settings())
+    size = box.size
+    for_itself(box, ONE, "finish")
+    for_itself(box, OTHER, {"name": "finish", "description": "of the other"})
+    for_itself(box, ONE, {"name": "finish", "description": "again"})
+    assert hosts_of(box, "finish", ONE, OTHER, None) == [ONE, OTHER, ONE]
+    assert box.unregister(ONE, "finish") == 1
+    assert box.unregister(ONE, "finish") == 0
+    assert hosts_of(box, "finish", ONE, OTHER, None) == [OTHER, OTHER, OTHER]
+    box.drop(OTHER)
+    assert hosts_of(box, "finish", ONE, OTHER, None) == [None, None, None]
+    assert (len(box), box.size) == (0, size)
+    assert register(box, ONE, "finish") == 1
