@@ -15,13 +15,16 @@ from typing import Protocol
 from msgspec import Struct
 
 from carserver.protocol.errors import RpcError
-from carserver.protocol.tools import GivenChunk
+from carserver.protocol.tools import ErrorChunk, GivenChunk
 
 CLOSED = "tool stream closed without a terminal chunk"
 
 
 class Call(Struct, frozen=True, kw_only=True):
-    """What is to be run. `parameters` is a JSON object, compact, valid by the tool's schema; `request_id` is random."""
+    """What is to be run. `parameters` is a JSON object, compact, valid by the tool's schema; `request_id` is random.
+
+    `attempt` counts the tries of the same action of a proposal, from 1.
+    """
 
     handle: str
     request_id: str
@@ -30,6 +33,11 @@ class Call(Struct, frozen=True, kw_only=True):
     action_id: str
     timeout_ms: int | None = None
     run_id: str | None = None
+    attempt: int = 1
+
+
+class TerminalError(ErrorChunk, frozen=True, kw_only=True):
+    """The end: it failed, and its host says that trying again, or going on, will not help."""
 
 
 class Exit(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

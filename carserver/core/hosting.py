@@ -10,7 +10,7 @@ from msgspec import UNSET, Raw
 
 from carserver.config import Settings
 from carserver.core.chunks import read_chunk
-from carserver.core.execution import Call, Feed
+from carserver.core.execution import Call, Feed, TerminalError
 from carserver.core.outbox import Outbox
 from carserver.core.ports import Timer
 from carserver.core.runstore import Clock
@@ -88,7 +88,7 @@ class Hosting:
             tool=call.tool,
             parameters=Raw(parameters),
             action_id=call.action_id,
-            attempt=1,
+            attempt=call.attempt,
             timeout_ms=call.timeout_ms,
             session_id=self._client_id,
             run_id=UNSET if call.run_id is None else call.run_id,
@@ -118,8 +118,8 @@ class Hosting:
         """Whether this request waits for an answer."""
         return request_id in self._open
 
-    def answered(self, request_id: str, result: bytes | None, error: str | None) -> None:
-        """The answer to a request that waits for it: a result, JSON, or the words of an error.
+    def answered(self, request_id: str, result: bytes | None, error: str | None, *, terminal: bool = False) -> None:
+        """The answer to a request that waits for it: a result, JSON, or the words of an error, perhaps a terminal one.
 
         It is the last chunk, unless there was one, and says that nothing of it lives.
         """
@@ -128,7 +128,8 @@ class Hosting:
         self._forget(asked)
         if not asked.feed.over:
             if error is not None:
-                asked.feed.take(ErrorChunk(message=error or _NO_WORDS))
+                kind = TerminalError if terminal else ErrorChunk
+                asked.feed.take(kind(message=error or _NO_WORDS))
             elif result is None or result == b"null":
                 asked.feed.take(GivenDone())
             else:
