@@ -100,11 +100,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     settle_s: Seconds = 1.0  # after a command's exit, for what its pipes still hold; then what it left is killed
     max_output: Bytes = 1024 * MIB  # of a process tool, where the tools file says nothing else; beyond it is stopped
     processes: Count = 1_024  # process tools at once; each takes four descriptors
-    stream_events: Count = 256  # of the live stream that wait for one connection; then the oldest are skipped
+    stream_events: Count = 256  # of tools' live stream, or the host board's, that wait for a peer; then the oldest go
     stream_bytes: Bytes = 1 * MIB  # and their bytes, or one larger
     delta_s: Seconds = 0.05  # between two pieces of a handle's output in its run's log
     delta_bytes: Bytes = 4 * KIB  # such a piece, as UTF-8
     recorded_bytes: Bytes = 256 * KIB  # of a handle's text in its run's log
+    proposal_actions: Count = 256  # of one proposal; each may depend on all others
+    proposals_bytes: Bytes = 64 * MIB  # parameters and outputs that all open ones keep; one more is overloaded
 
     # The live trace.
     subscription_events: Count = 1_024  # undelivered live events of one subscription
@@ -119,6 +121,26 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     watch_runs: Count = 1_024  # changed runs that wait for one who watches; then it lists again
     watch_bytes: Bytes = 16 * MIB  # and their snapshots, or one larger: texts make one a MiB
     watch_piece_bytes: Bytes = 64 * KIB  # of them in the outbox at a time, so that live traces have their turn
+
+    # The CAR dialect's runs (contract, section 10).
+    turns: Count = 2_000  # of one run; then they are dropped, and the answer says so
+    record_turns: Count = 256  # in one runs.record_turns
+    recorded_string_bytes: Bytes = 16 * KIB  # a string in a turn; what is longer is cut, and marked
+    recorded_turn_bytes: Bytes = 256 * KIB  # a turn; in a larger one the largest members are replaced by a mark
+    outcome_bytes: Bytes = 1 * MIB  # of runs.complete
+    so_far_turns: Count = 1_000  # records in the answer of runs.subscribe
+    so_far_bytes: Bytes = 4 * MIB  # and their bytes; the stream has the rest
+    whole_trace_bytes: Bytes = 8 * MIB  # of records in the answer of runs.get_trace; a cursor gets the rest
+
+    # The host board (contract, section 10): all of it fits a frame.
+    board_entries: Count = 256  # agents and devices that one connection has registered
+    board_all_entries: Count = 4_096  # and all connections together
+    board_bytes: Bytes = 4 * MIB  # and their bytes as JSON
+    board_text_bytes: Bytes = 16 * KIB  # a message, a current task, what an approval is asked for
+    board_events: Count = 1_000  # the newest, which are kept
+    board_events_bytes: Bytes = 1 * MIB  # and their bytes as JSON, or one larger
+    approvals: Count = 1_000  # pending ones; and so many that were resolved are kept
+    approvals_bytes: Bytes = 4 * MIB  # of these as JSON; likewise
 
     # Connections.
     connections: Count = 10_000  # at once

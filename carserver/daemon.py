@@ -13,21 +13,25 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import uvloop
 
 from carserver import __version__
 from carserver.config import Settings
+from carserver.core.actionturns import ActionTurns
+from carserver.core.approvals import Approvals
 from carserver.core.counters import Counters
 from carserver.core.handlestore import HandleStore
+from carserver.core.hostboard import Board
 from carserver.core.outputstore import OutputStore
 from carserver.core.principals import Principal, Secrets, principal_of_token
 from carserver.core.prune import Pruner
 from carserver.core.retention import Retention
 from carserver.core.runstore import RunStore
+from carserver.core.submissions import Proposals
 from carserver.core.toolbox import Toolbox
 from carserver.core.toolrecord import Recorders
 from carserver.core.toolstream import ToolStreams
@@ -43,24 +47,14 @@ from carserver.hooks import InstalledHooks
 from carserver.hosts.process import Processes, ProcessTool
 from carserver.hosts.toolsfile import Declared, ToolsFileError, read_tools
 from carserver.loop import LoopClock, LoopSignal, new_handle, new_output_id
-from carserver.methods import (
-    hosting,
-    outputs,
-    runs,
-    server,
-    session,
-    toolbox,
-    tools,
-    toolstream,
-    trace,
-    transfer,
-    watch,
-)
+from carserver.methods.served import METHOD_MODULES
 from carserver.protocol.codec import encode
+from carserver.protocol.handshake import ServerSchema
+from carserver.protocol.host import HostIdentity
 from carserver.protocol.server import BackedUp, Counts, OutboxDepths, ServerStatus
 from carserver.rpc.dispatcher import Dispatcher
 from carserver.rpc.method import Table
-from carserver.rpc.openrpc import document
+from carserver.rpc.openrpc import car_schema, document
 from carserver.rpc.session import Services
 from carserver.stores.files import FilePool, FileRoot, FileRootError
 from carserver.stores.folder import FolderError, StateFolder, default_state_dir
@@ -69,10 +63,6 @@ from carserver.stores.sqlite import SqliteStore
 
 log = logging.getLogger("carserver")
 
-METHOD_MODULES: tuple[ModuleType, ...] = (
-    *(session, runs, trace, watch, toolbox, tools, toolstream, hosting),
-    *(outputs, transfer, server),
-)
 DATABASE = "carserver.db"
 _TOOL_DESCRIPTORS = 4  # two pipes, a control socket, and one on its way
 _OTHER_DESCRIPTORS = 64  # files, pipes and what libraries open
@@ -242,7 +232,7 @@ class Daemon:
         descriptors: int = 1024,
     ) -> None:
         self._settings = settings
-        self._table = table
+        self.table = table
         self.boot_id = self.new_id()
         self.draining = False
         self._exit_code = 0
@@ -282,12 +272,23 @@ class Daemon:
             LoopSignal,
             self.hooks,
         )
+        proposals_ = Proposals(
+            *(self.tools, outputs_, ActionTurns(self.runs, self.clock, settings), self.clock, settings, self.counters),
+            *(new_handle, LoopSignal, lambda: self.draining),
+        )
+        identity = HostIdentity(version=__version__, pid=os.getpid())
+        board = Board(identity, self.clock, self.new_id, settings, self.counters)
+        approvals = Approvals(self.store, board, settings, self.counters, self.store.found_approvals)
+        self.store.on_commit(approvals.committed)
         services = Services(
             runs=self.runs,
             outputs=outputs_,
             pruner=pruner,
             tools=self.tools,
             toolbox=toolbox_,
+            proposals=proposals_,
+            host=board,
+            approvals=approvals,
             daemon=self,
             authority=authority,
             clock=self.clock,
@@ -297,15 +298,7 @@ class Daemon:
         pages = Pages(self._problem, self._metrics, self.discover)
         self.front = Front(services, Dispatcher(table, services), policy, pages.answer)
         self._measured = Measured(
-            self.front,
-            self.runs,
-            toolbox_,
-            self.tools,
-            self.recorders,
-            self.processes,
-            self.files,
-            self.hooks,
-            self.store,
+            self.front, services, self.recorders, self.processes, self.files, self.hooks, self.store
         )
 
     async def serve(self, entrances: Entrances, folder: StateFolder) -> int:
@@ -448,8 +441,13 @@ class Daemon:
 
     def discover(self) -> bytes:
         """The OpenRPC document."""
-        self._document = self._document or encode(document(self._table, __version__))
+        self._document = self._document or encode(document(self.table, __version__))
         return self._document
+
+    @cached_property
+    def car_schema(self) -> ServerSchema:
+        """Of that document, the CAR dialect."""
+        return car_schema(document(self.table, __version__), __version__)
 
     def new_id(self) -> str:
         """A random UUID."""

@@ -2,13 +2,14 @@
 
 from typing import NamedTuple
 
-from carserver.core.handlestore import HandleStore
+from carserver.core.approvals import Approvals
+from carserver.core.hostboard import Board
 from carserver.core.runstore import RunStore
-from carserver.core.toolbox import Toolbox
 from carserver.core.toolrecord import Recorders
 from carserver.front.front import Front
 from carserver.hooks import InstalledHooks
 from carserver.hosts.process import Processes
+from carserver.rpc.session import Services
 from carserver.stores.files import FilePool
 from carserver.stores.sqlite import SqliteStore
 
@@ -20,9 +21,7 @@ class Measured(NamedTuple):
     """What is looked at."""
 
     front: Front
-    runs: RunStore
-    toolbox: Toolbox
-    tools: HandleStore
+    services: Services
     recorders: Recorders
     processes: Processes
     files: FilePool | None
@@ -34,8 +33,9 @@ def gauges(of: Measured, lag_s: float) -> Gauges:
     """All figures; `lag_s` is how late the loop was at most since they were asked for last."""
     return {
         **_of_connections(of.front),
-        **_of_runs(of.runs),
+        **_of_runs(of.services.runs),
         **_of_tools(of),
+        **_of_board(of.services.host, of.services.approvals),
         "files_waiting": (of.files.waiting if of.files else 0, "Files that wait to be read, or are read"),
         "hook_waiting": (of.hooks.waiting, "Calls of hooks that wait or are being made"),
         "hook_hanging": (of.hooks.hanging, "Calls of hooks that were given up and have not come back"),
@@ -67,20 +67,35 @@ def _of_runs(runs: RunStore) -> Gauges:
 
 
 def _of_tools(of: Measured) -> Gauges:
+    tools, toolbox = of.services.tools, of.services.toolbox
     return {
-        "tools": (len(of.toolbox), "Tools that may be invoked"),
-        "tools_bytes": (of.toolbox.size, "Bytes of their definitions"),
-        "handles_live": (of.tools.live, "Handles that have not ended"),
-        "handles_running": (of.tools.running, "Tools that run, as far as is known: those that were stopped, too"),
+        "tools": (len(toolbox), "Tools that may be invoked"),
+        "tools_bytes": (toolbox.size, "Bytes of their definitions"),
+        "handles_live": (tools.live, "Handles that have not ended"),
+        "handles_running": (tools.running, "Tools that run, as far as is known: those that were stopped, too"),
         "handles_asked_of_hosts": (of.front.asked_of_hosts(), "Requests to sessions that host tools, unanswered"),
-        "handles_finished": (len(of.tools.finished), "Handles that have ended and are kept"),
-        "handles_finished_bytes": (of.tools.finished.bytes, "Bytes that these keep, about"),
+        "handles_finished": (len(tools.finished), "Handles that have ended and are kept"),
+        "handles_finished_bytes": (tools.finished.bytes, "Bytes that these keep, about"),
+        "proposals_open": (of.services.proposals.open, "Proposals that are not answered"),
+        "proposals_bytes": (of.services.proposals.bytes, "Bytes of parameters and outputs that these keep, about"),
         "tool_processes": (of.processes.live, "Executions of process tools of which something lives, or might"),
         "tool_process_starts_waiting": (of.processes.waiting, "Process tools that the keeper was not told of yet"),
-        "tool_streams": (len(of.tools.streams), "Connections that follow handles live"),
-        "tool_stream_waiting": (of.tools.streams.waiting, "Chunks that wait for these, all together"),
+        "tool_streams": (len(tools.streams), "Connections that follow handles live"),
+        "tool_stream_waiting": (tools.streams.waiting, "Chunks that wait for these, all together"),
         "tool_records_waiting": (len(of.recorders), "Handles whose end is not in their run's log yet"),
         "tool_records_waiting_bytes": (of.recorders.waiting_bytes, "Bytes of text that wait to be recorded there"),
+    }
+
+
+def _of_board(board: Board, approvals: Approvals) -> Gauges:
+    return {
+        "board_agents": (len(board.agents), "Agents that sessions have registered at the host board"),
+        "board_devices": (len(board.devices), "Devices that sessions have registered there"),
+        "board_bytes": (board.bytes, "Bytes of these as JSON"),
+        "board_followers": (board.followers, "Connections that follow the host board"),
+        "board_events_waiting": (board.waiting, "Events that wait for these, all together"),
+        "approvals_pending": (approvals.pending, "Approvals that wait for a person's word"),
+        "approvals_kept": (approvals.resolved, "Approvals that were resolved and are kept"),
     }
 
 

@@ -186,7 +186,7 @@ class Steps(RuleBasedStateMachine):
             assert len(pieces) <= 1
             assert stream.waiting <= self.settings.stream_events
             assert stream.waiting <= 1 or stream._bytes <= self.settings.stream_bytes
-            assert stream._bytes == sum(piece.size for piece, _, _ in stream._queue)
+            assert stream._bytes == sum(piece.size for piece, _ in stream._queue)
             assert len(stream.handles) <= self.settings.subscriptions
 
     def come_to_rest(self) -> None:
