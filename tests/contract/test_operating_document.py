@@ -8,7 +8,10 @@ import click
 from carserver.cli.app import cli
 from carserver.cli.settings import CLIENT_VARIABLES, PREFIX
 from carserver.config import Settings
+from tests.conftest import StartDaemon
 from tests.daemon import ROOT, Daemon
+from tests.documents import blocks
+from tests.peer import peer
 from tests.settings_table import PAGE, with_table
 
 FILES = [PAGE, ROOT / "Dockerfile", ROOT / "docs/systemd/carserver.service"]
@@ -39,3 +42,13 @@ def test_every_command_that_is_named_is_there() -> None:
     told = set(re.findall(r"\b(?=carserver ([a-z]+)\b)", code)) - {"carserver"}
     assert len(told) > 5
     assert told <= set(cli.list_commands(click.Context(cli)))
+
+
+async def test_the_method_that_is_shown_is_served(start: StartDaemon, tmp_path: Path) -> None:
+    (module,) = [block.text for block in blocks("docs/operating.md") if "@method" in block.text]
+    (tmp_path / "greeting.py").write_text(module)
+    daemon = start("--methods", "greeting", wrapper=("env", "-C", str(tmp_path)))
+    async with peer(daemon) as caller:
+        assert await caller.call("demo.greet", {"name": "Ada"}) == "Hello Ada, from client"
+        names = [entry["name"] for entry in (await caller.call("rpc.discover"))["methods"]]
+    assert "demo.greet" in names
