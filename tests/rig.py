@@ -10,8 +10,8 @@ from carserver.config import Settings
 from carserver.core.outbox import Outbox
 from carserver.core.principals import CLIENT, Principal, Secrets
 from carserver.daemon import Authority, Daemon
-from carserver.methods.served import METHOD_MODULES
 from carserver.front.handshake import policy_of
+from carserver.methods.served import METHOD_MODULES
 from carserver.protocol.closing import Close
 from carserver.rpc.method import Table
 from carserver.rpc.session import Session

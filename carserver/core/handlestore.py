@@ -68,6 +68,11 @@ class Invoker(Attendant, Protocol):
         """What runs the tools that it hosts itself, if it does."""
         ...
 
+    @property
+    def hosts_for_itself(self) -> bool:
+        """Whether the names of these are its own affair, and nobody else's tools of that kind are for it."""
+        ...
+
 
 class _Opening:
     """An invocation on its way to storage. Whoever comes with the same key meanwhile waits for the same one."""
@@ -203,7 +208,7 @@ class HandleStore:
 
     def _admit(self, order: Order, principal: Principal, by: Invoker) -> tuple[Entry, Call]:
         """What is to be run, if it may be."""
-        entry = self._toolbox.find(order.tool, by.hosting)
+        entry = self._toolbox.find(order.tool, by.hosting, for_itself=by.hosts_for_itself)
         if entry is None:
             raise not_found("tool", order.tool)
         parameters = entry.arguments.check(b"{}" if order.parameters is UNSET else bytes(order.parameters))

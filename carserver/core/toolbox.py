@@ -2,8 +2,8 @@
 
 A handle keeps what runs it: what was unregistered, or replaced, goes on running.
 
-A name is one tool's, but for those that a session hosts for itself (in the CAR dialect, where each agent registers a
-`finish` of its own): such a session gets its own, and all others get whichever was there first.
+A name is one tool's, but for those that sessions of the CAR dialect host, each for itself, for every agent registers a
+`finish` of its own. Such a session gets its own, and never another one's; everyone else gets whichever was there first.
 """
 
 from collections.abc import Iterable, Sequence
@@ -36,13 +36,15 @@ class Definition(Struct, frozen=True):
 class Entry(Struct, frozen=True, kw_only=True):
     """One tool.
 
-    `timeout_ms` is its own deadline; `hosting` is the session's host, None for a tool of the tools file.
+    `timeout_ms` is its own deadline; `hosting` is the session's host, None for a tool of the tools file. `for_itself`:
+    others that host for themselves do not get it.
     """
 
     definition: Definition
     host: ToolHost
     timeout_ms: int | None
     hosting: ToolHost | None
+    for_itself: bool = False
 
     @property
     def tool(self) -> Tool:
@@ -125,10 +127,14 @@ class Toolbox:
         """Bytes of all definitions."""
         return self._bytes
 
-    def find(self, name: str, hosting: ToolHost | None = None) -> Entry | None:
-        """The tool that a session means by this name; `hosting` is what it hosts. None if there is none."""
+    def find(self, name: str, hosting: ToolHost | None = None, *, for_itself: bool = False) -> Entry | None:
+        """The tool that a session means by this name; None if there is none.
+
+        `hosting` is what runs the tools that it hosts itself, `for_itself` whether it hosts them so.
+        """
         own = None if hosting is None else self._hosted.get(hosting, {}).get(name)
-        return own or next(iter(self._entries.get(name, ())), None)
+        others = (entry for entry in self._entries.get(name, ()) if not (for_itself and entry.for_itself))
+        return own or next(others, None)
 
     def list(self) -> bytes:
         """All tools, by name: a `ToolList`, as JSON."""
@@ -138,7 +144,7 @@ class Toolbox:
 
     def car_list(self, hosting: ToolHost | None) -> bytes:
         """The tools that a session means by their names: a `CarToolList`, as JSON."""
-        found = (self.find(name, hosting) for name in sorted(self._entries))
+        found = (self.find(name, hosting, for_itself=True) for name in sorted(self._entries))
         return _listed(entry.car_listed for entry in found if entry is not None)
 
     def declare(self, definition: Definition, host: ToolHost, timeout_ms: int | None) -> None:
@@ -171,7 +177,8 @@ class Toolbox:
         own = self._hosted.get(hosting, {})
         self._check_limits(definitions, len(own.keys() | names), [own[name] for name in own.keys() & names])
         for definition in definitions:
-            self._put(Entry(definition=definition, host=hosting, timeout_ms=None, hosting=hosting))
+            entry = Entry(definition=definition, host=hosting, timeout_ms=None, hosting=hosting, for_itself=for_itself)
+            self._put(entry)
         return len(definitions)
 
     def unregister(self, hosting: ToolHost | None, name: str) -> int:

@@ -173,6 +173,11 @@ class Session:
         assert self.principal is not None  # noqa: S101 - the dispatcher has refused
         return self.principal
 
+    @property
+    def hosts_for_itself(self) -> bool:
+        """Whether the tools that it hosts are for itself: see `core.toolbox`."""
+        return bool(self.dialect)
+
     def host_tools(self) -> Hosting:
         """What runs the tools that it hosts."""
         if self.hosting is None:

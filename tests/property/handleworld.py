@@ -297,6 +297,7 @@ class Caller:
     def __init__(self, principal: Principal) -> None:
         self.client_id = ""
         self.hosting = None
+        self.hosts_for_itself = False
         self.principal = principal
         self.closed = False
         self.outbox = Outbox(lambda payload: payload, 1 << 20, lambda: None)

@@ -244,7 +244,10 @@ def test_what_a_session_hosts_for_itself_is_its_own_and_everyone_elses_is_the_fi
     assert names == ["f", "finish"]
     sources = {tool["name"]: tool["source"] for tool in json.loads(box.car_list(ONE))["tools"]}
     assert sources == {"f": "user_defined", "finish": "user_defined"}
-    assert {tool["source"] for tool in json.loads(box.car_list(None))["tools"]} == {"process", "user_defined"}
+    assert [tool["name"] for tool in json.loads(box.car_list(None))["tools"]] == ["f"]
+    stranger = Host()
+    found = box.find("finish", stranger, for_itself=True), box.find("f", stranger, for_itself=True)
+    assert (found[0], found[1] and found[1].host) == (None, FILE)  # one of that kind that has none gets no other's
     assert refused(box, Host(), "finish").data["reason"] == "name_taken"  # one that is to be the only one
 
 

@@ -404,6 +404,9 @@ async def test_actions_are_part_of_the_run_that_the_connection_has_started_until
         (cancelled,) = (await answer)["results"]
         assert (cancelled["status"], cancelled["error"]) == ("cancelled", "its run is over")
         assert cancelled["not_recorded"] == f"run {run_id!r} is cancelled: it takes no more turns"
+        with pytest.raises(Refused) as refused:
+            await submitted(own, action("never"))
+        assert refused.value.data["reason"] == "run_terminal"
 
         run_id = (await own.call("runs.start", {"intent": "test", "agent_id": "a"}))["run_id"]
         outcome = {

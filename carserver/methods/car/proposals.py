@@ -1,6 +1,6 @@
 """`proposal.submit`: a graph of actions, run by what they depend on (contract, section 10)."""
 
-from carserver.protocol.errors import ErrorKind
+from carserver.protocol.errors import ErrorKind, conflict
 from carserver.protocol.proposals import ProposalResult, SubmitProposal
 from carserver.rpc.method import Encoded, Example, method
 from carserver.rpc.session import Session
@@ -23,11 +23,14 @@ _SUM_UP = {
     "proposal.submit",
     dialect="car",
     waits=True,
-    errors=[ErrorKind.FORBIDDEN],
+    errors=[ErrorKind.FORBIDDEN, ErrorKind.CONFLICT],
     example=Example({"proposal": {"source": "reviewer", "actions": [_READ, _SUM_UP]}}, before=[_TOOLS]),
 )
 async def submit(session: Session, params: SubmitProposal) -> Encoded[ProposalResult]:
     """Runs the actions of a proposal, each as soon as all that it depends on has succeeded, and answers at the end.
+
+    Where the connection has started or resumed a run, they are part of it: each is a turn of it, and is cancelled with
+    it. Once that run is over, by whomever, it is a `conflict` (`run_terminal`) until another one is started.
 
     An action's `type` is `tool_call`; `dependencies` are ids of other actions. A string in `parameters` that is exactly
     `$<id>.output`, of an action that comes before, stands for its output. `timeout_ms` is a deadline for each try.
@@ -44,6 +47,8 @@ async def submit(session: Session, params: SubmitProposal) -> Encoded[ProposalRe
     `outputs.get` has them. When the connection ends, what runs is cancelled, and nothing more starts.
     """
     proposals, run_id = session.services.proposals, session.current_run
+    if run_id is not None and not session.services.runs.attendance.is_live(run_id):
+        raise conflict("run_terminal", f"run {run_id!r} is over: no tool starts in it; start or resume another one")
     submitted = proposals.submit(params.proposal, session.acting, session, run_id)
     del params  # as large as a message, perhaps: not to be kept until the end
     return Encoded(await submitted)

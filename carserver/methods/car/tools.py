@@ -17,8 +17,9 @@ _ECHO = {"name": "echo", "description": "Says it again.", "parameters": {"type":
 async def register(session: Session, params: list[GivenCarTool]) -> int:
     """Hosts tools on this connection, as the native method does; the answer is their number.
 
-    Their names may be others' as well: this connection gets its own by them. So many agents that register tools of the
-    same names, as each has a `finish`, work side by side. Everyone else gets, by such a name, the one that came first.
+    Their names may be others' as well: this connection gets its own by them, and never those of another connection of
+    the dialect. So many agents that register tools of the same names, as each has a `finish`, work side by side. All
+    else get, by such a name, the one that came first.
 
     A member that is null is as good as left out. `cache_ttl_secs`, `rate_limit` and `source` have no effect: answers
     are not kept, calls are not counted, and where a tool comes from is known.
@@ -28,7 +29,7 @@ async def register(session: Session, params: list[GivenCarTool]) -> int:
 
 @method("tools.list", dialect="car", again=True, pages=True, example=Example(before=[("tools.register", [_ECHO])]))
 def list_(session: Session) -> Encoded[CarToolList]:
-    """All tools that may be invoked now, by name: of those with the same, one's own, or the one that came first.
+    """The tools that this connection may invoke, by name: its own, and those of the tools file and of native peers.
 
     `source` is `user_defined` where a connection hosts it, `process` where the daemon runs a command for it.
     """
