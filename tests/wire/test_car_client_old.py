@@ -133,7 +133,7 @@ async def test_what_the_daemon_does_not_serve_is_refused_with_a_hint_and_a_modul
         with pytest.raises(CarError, match="not exposed"):  # says the client itself
             await car.call("execute_proposal", {"actions": []}, "a function")
         assert await started(car)
-    async with car_client(start("--methods", "tests.methods_of_old_agents"), OLD) as car:
+    async with car_client(start("--methods", "tests.car_methods"), OLD) as car:
         answers = [await car.call(call, *arguments) for call, _, arguments in UNSERVED]
         assert answers == [None, None, {"valid": True, "issues": []}]
         assert (await car.call("verify_proposal", {"actions": []}))["issues"] == ["it does nothing"]
