@@ -78,6 +78,7 @@ def _of_tools(of: Measured) -> Gauges:
         "handles_finished_bytes": (tools.finished.bytes, "Bytes that these keep, about"),
         "proposals_open": (of.services.proposals.open, "Proposals that are not answered"),
         "proposals_bytes": (of.services.proposals.bytes, "Bytes of parameters and outputs that these keep, about"),
+        "proposal_fills_waiting": (of.services.proposals.filling.waiting, "Actions that wait to be given outputs"),
         "tool_processes": (of.processes.live, "Executions of process tools of which something lives, or might"),
         "tool_process_starts_waiting": (of.processes.waiting, "Process tools that the keeper was not told of yet"),
         "tool_streams": (len(tools.streams), "Connections that follow handles live"),

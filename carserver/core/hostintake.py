@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 
 import msgspec
-import orjson
 from msgspec import UNSET, Raw, UnsetType
 from msgspec.structs import replace
 
 from carserver.config import Settings
-from carserver.protocol.codec import check_name, check_text, encode, too_deep
+from carserver.protocol.codec import check_name, check_text, encode, nests_deeper
 from carserver.protocol.errors import invalid_params, limit_exceeded
 from carserver.protocol.host import (
     Approval,
@@ -56,7 +55,7 @@ def value(given: Raw | UnsetType, settings: Settings, at: str) -> Raw | UnsetTyp
     raw = msgspec.json.format(bytes(given), indent=-1)
     if len(raw) > settings.metadata_bytes:
         raise limit_exceeded("metadata_bytes", len(raw), settings.metadata_bytes, at)
-    if too_deep(raw, orjson.loads(raw), settings.value_nesting):
+    if nests_deeper(raw, settings.value_nesting):
         raise limit_exceeded("value_nesting", settings.value_nesting + 1, settings.value_nesting, at)
     return UNSET if raw == b"null" else Raw(raw)
 

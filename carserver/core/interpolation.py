@@ -10,12 +10,16 @@ from typing import NamedTuple
 import orjson
 
 from carserver.config import Settings
-from carserver.protocol.codec import STRINGS
 from carserver.protocol.errors import limit_exceeded
 
-_BEGINS = (b'"$', b'"\\u0024')
+REFERENCES = 10_000
+"""Strings in one action's parameters that look like a reference: each is looked at."""
 _ENDS = ".output"
-_IS_KEY = re.compile(rb"\s*:")
+# An escaped quote stands behind a backslash, and behind a quote that ends a string comes neither $ nor a backslash: so
+# what this finds is a whole string, and no name of a member. It ends as it should, or has escapes.
+_LOOKS_SO = re.compile(
+    rb'(?<!\\)"(?:\$|\\u0024)(?:[^"\\]*\.output|(?=[^"\\]*+\\)[^"\\]*+(?:\\.[^"\\]*+)*+)"(?!\s*:)', re.DOTALL
+)
 _AT = "parameters"
 
 
@@ -28,13 +32,17 @@ class Reference(NamedTuple):
 
 
 def references(raw: bytes, places: Mapping[str, int]) -> list[Reference]:
-    """The references to actions of these ids, in order; whatever else looks like one stays as it is."""
-    if not places or not any(begin in raw for begin in _BEGINS):
-        return []
-    found = []
-    for token in STRINGS.finditer(raw):
-        if not token[0].startswith(_BEGINS) or _IS_KEY.match(raw, token.end()):
-            continue
+    """The references to actions of these ids, in order; whatever else looks like one stays as it is.
+
+    Raises:
+        RpcError: limit_exceeded.
+    """
+    found: list[Reference] = []
+    if not places:
+        return found
+    for number, token in enumerate(_LOOKS_SO.finditer(raw), 1):
+        if number > REFERENCES:
+            raise limit_exceeded("references", number, REFERENCES, _AT)
         text: str = orjson.loads(token[0])
         place = places.get(text[1 : -len(_ENDS)]) if text.endswith(_ENDS) else None
         if place is not None:
@@ -42,15 +50,16 @@ def references(raw: bytes, places: Mapping[str, int]) -> list[Reference]:
     return found
 
 
-def check_size(raw: bytes, found: Sequence[Reference], sizes: Mapping[int, int], settings: Settings) -> None:
-    """Refuses parameters that would be larger than a message, with outputs of these sizes in them.
+def filled_size(raw: bytes, found: Sequence[Reference], sizes: Mapping[int, int], settings: Settings) -> int:
+    """How large parameters are with outputs of these sizes in them.
 
     Raises:
-        RpcError: limit_exceeded.
+        RpcError: limit_exceeded, where that is larger than a message.
     """
     size = len(raw) + sum(sizes[one.place] - (one.end - one.start) for one in found)
-    if found and size > settings.message_bytes:
+    if size > settings.message_bytes:
         raise limit_exceeded("message_bytes", size, settings.message_bytes, _AT)
+    return size
 
 
 def filled(raw: bytes, found: Sequence[Reference], outputs: Mapping[int, bytes], settings: Settings) -> bytes:
@@ -64,7 +73,7 @@ def filled(raw: bytes, found: Sequence[Reference], outputs: Mapping[int, bytes],
         pieces += [raw[at : one.start], outputs[one.place]]
         at = one.end
     made = b"".join([*pieces, raw[at:]])
-    brackets = made.count(b"{") + made.count(b"[") if found else 0
+    brackets = made.count(b"{") + made.count(b"[")
     if brackets > settings.brackets:
         raise limit_exceeded("brackets", brackets, settings.brackets, _AT)
     return made

@@ -15,10 +15,11 @@ from msgspec import Raw, Struct
 
 from carserver.config import Settings
 from carserver.core.actionturns import ActionTurns
+from carserver.core.budget import Budget
 from carserver.core.counters import Counters
 from carserver.core.handles import Handle, Signal
 from carserver.core.handlestore import CALLER_GONE, Cancel, HandleStore, Invoker, Order
-from carserver.core.interpolation import check_size, filled, references
+from carserver.core.interpolation import Reference, filled, filled_size, references
 from carserver.core.outputstore import OutputStore
 from carserver.core.principals import Principal
 from carserver.core.proposalanswer import Ending, Output, encoded
@@ -83,7 +84,7 @@ class Proposals:
         outputs: Where large results are.
         turns: What records them in their runs.
         clock: Time, tasks.
-        settings: `proposal_actions`, `proposals_bytes`, `frame_bytes`, and those of parameters.
+        settings: `proposal_actions`, `proposals_bytes`, `frame_bytes`, `message_bytes`, and those of parameters.
         counters: What is counted.
         new_id: Random hexadecimal characters.
         new_signal: Something to wait for.
@@ -110,6 +111,7 @@ class Proposals:
         self.counters = counters
         self.new_signal = new_signal
         self.draining = draining
+        self.filling = Budget(settings.message_bytes, clock.call_later, new_signal)  # for outputs in parameters
         self.open = 0
         self.bytes = 0  # of their parameters, outputs and errors, about
         self._new_id = new_id
@@ -197,7 +199,7 @@ class _Submission:
 
     async def _try(self, place: int) -> None:
         try:
-            tried = await self._ends(place)
+            tried = self._fitting(place, await self._ends(place))
             following = () if self._left else self._take(place, tried)
             await self._record(place, tried)
             self._start(following)
@@ -208,6 +210,21 @@ class _Submission:
                 raise  # it is said where all defects are
             self._defect = defect  # the proposal is answered with it
             self._over.set()
+
+    def _fitting(self, place: int, tried: Tried) -> Tried:
+        """A try as it can be kept. What has no room beside other proposals is told by its size."""
+        around = self._around
+        more = tried.size - (self._tried[place] or _NEVER).size
+        alone = around.bytes == self.bytes
+        if more <= 0 or alone or around.bytes + more <= around.settings.proposals_bytes:
+            return tried
+        what = "error message" if tried.output is None else "output"
+        words = f"an {what} of {tried.size} bytes has no room: open proposals keep {around.bytes} (proposals_bytes)"
+        if len(words) >= tried.size:
+            return tried
+        # Its tool has run, and is not to run again.
+        happened = Happened.REFUSED if tried.happened is Happened.SUCCEEDED else tried.happened
+        return tried._replace(happened=happened, output=None, error=words)
 
     def _take(self, place: int, tried: Tried) -> Sequence[int]:
         """A try has ended: what is to stop is stopped, and what is to start comes out."""
@@ -231,7 +248,10 @@ class _Submission:
         action, turns = self._plan.actions[place], self._around.turns
         self._unrecorded += 1
         try:
-            why_not = await turns.record(self._run_id, action, outcome, tried.handle, self._principal, self._by)
+            why_not = await turns.record(
+                *(self._run_id, action, tried.happened.status, outcome, tried.handle),
+                *(self._principal, self._by),
+            )
         finally:
             self._unrecorded -= 1
         self._tried[place] = tried._replace(not_recorded=why_not)
@@ -258,9 +278,22 @@ class _Submission:
         Raises:
             RpcError: it is refused.
         """
-        order = self._order(place, await self._parameters(place))
+        found = self._references(place)
+        if not found:
+            return await self._begins_with(place, self._plan.actions[place].parameters)
+        sizes = {one.place: self._output(one.place).size for one in found}
+        size = filled_size(self._plan.actions[place].parameters, found, sizes, self._around.settings)
+        await self._around.filling.enter(size)
+        try:
+            return self._unwanted(place) or await self._begins_with(place, await self._filled(place, found))
+        finally:
+            self._around.filling.leave(size)
+
+    async def _begins_with(self, place: int, parameters: bytes) -> Handle | Tried | None:
+        """The same, with the parameters."""
         if (unwanted := self._unwanted(place)) is not None:
             return unwanted
+        order = self._order(place, parameters)
         begun = partial(self._running.__setitem__, place)
         try:
             return await self._tools.invoke(order, self._principal, self._by, begun)
@@ -318,20 +351,25 @@ class _Submission:
             attempt=self._progress.tries[place],
         )
 
-    async def _parameters(self, place: int) -> bytes:
-        """With the outputs that they refer to, of actions that came before.
+    def _references(self, place: int) -> Sequence[Reference]:
+        """To outputs of actions that came before.
+
+        Raises:
+            RpcError: limit_exceeded.
+        """
+        action, before = self._plan.actions[place], self._plan.before[place]
+        known = {id_: other for id_, other in self._places.items() if before >> other & 1} if before else {}
+        return references(action.parameters, known)
+
+    async def _filled(self, place: int, found: Sequence[Reference]) -> bytes:
+        """The parameters, with the outputs that they refer to.
 
         Raises:
             RpcError: limit_exceeded; what reading an output raises.
         """
-        action, before = self._plan.actions[place], self._plan.before[place]
-        known = {id_: other for id_, other in self._places.items() if before >> other & 1} if before else {}
-        found = references(action.parameters, known)
-        given = {other: self._output(other) for _, _, other in found}
-        settings = self._around.settings
-        check_size(action.parameters, found, {other: output.size for other, output in given.items()}, settings)
-        outputs = {other: await output.whole(self._around.outputs) for other, output in given.items()}
-        return filled(action.parameters, found, outputs, settings)
+        places = {one.place for one in found}
+        outputs = {other: await self._output(other).whole(self._around.outputs) for other in sorted(places)}
+        return filled(self._plan.actions[place].parameters, found, outputs, self._around.settings)
 
     def _output(self, place: int) -> Output:
         """That of an action that has succeeded."""

@@ -6,7 +6,7 @@ A name is one tool's, but for those that sessions of the CAR dialect host, each 
 `finish` of its own. Such a session gets its own, and never another one's; everyone else gets whichever was there first.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 import orjson
@@ -113,7 +113,8 @@ class Toolbox:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._entries: dict[str, list[Entry]] = {}  # of each name, in the order in which they came
+        # Of each name by who hosts it, in the order in which they came. One that is not for itself is the first.
+        self._entries: dict[str, dict[ToolHost | None, Entry]] = {}
         self._hosted: dict[ToolHost, dict[str, Entry]] = {}
         self._bytes = 0
         self._pattern_bytes = 0
@@ -132,14 +133,16 @@ class Toolbox:
 
         `hosting` is what runs the tools that it hosts itself, `for_itself` whether it hosts them so.
         """
-        own = None if hosting is None else self._hosted.get(hosting, {}).get(name)
-        others = (entry for entry in self._entries.get(name, ()) if not (for_itself and entry.for_itself))
-        return own or next(others, None)
+        entries = self._entries.get(name)
+        if entries is None:
+            return None
+        own, first = entries.get(hosting), _first(entries)
+        return own or (None if for_itself and first.for_itself else first)
 
     def list(self) -> bytes:
         """All tools, by name: a `ToolList`, as JSON."""
         if self._list is None:
-            self._list = _listed(entries[0].definition.listed for _, entries in sorted(self._entries.items()))
+            self._list = _listed(_first(self._entries[name]).definition.listed for name in sorted(self._entries))
         return self._list
 
     def car_list(self, hosting: ToolHost | None) -> bytes:
@@ -198,9 +201,10 @@ class Toolbox:
             self._remove(entry)
 
     def _check_free(self, hosting: ToolHost, name: str, at: str) -> None:
-        there = next((entry for entry in self._entries.get(name, ()) if entry.hosting is not hosting), None)
-        if there is not None:
-            whose = "the tools file declares" if there.hosting is None else "another session hosts"
+        there = self._entries.get(name, {}).values()
+        other = next((entry for entry in there if entry.hosting is not hosting), None)
+        if other is not None:
+            whose = "the tools file declares" if other.hosting is None else "another session hosts"
             raise conflict("name_taken", f"{at}: {whose} a tool {name!r} already", path=at)
 
     def _check_limits(self, definitions: Sequence[Definition], count: int, replaced: Sequence[Entry]) -> None:
@@ -217,21 +221,17 @@ class Toolbox:
 
     def _put(self, entry: Entry) -> None:
         name, hosting = entry.tool.name, entry.hosting
-        entries = self._entries.setdefault(name, [])
-        before = None
-        if hosting is not None:
-            own = self._hosted.setdefault(hosting, {})
-            before, own[name] = own.get(name), entry
-        if before is None:
-            entries.append(entry)
-        else:
-            entries[entries.index(before)] = entry
+        entries = self._entries.setdefault(name, {})
+        if (before := entries.get(hosting)) is not None:
             self._count(before, -1)
+        entries[hosting] = entry
+        if hosting is not None:
+            self._hosted.setdefault(hosting, {})[name] = entry
         self._count(entry, 1)
 
     def _remove(self, entry: Entry) -> None:
         entries = self._entries[entry.tool.name]
-        entries.remove(entry)
+        del entries[entry.hosting]
         if not entries:
             del self._entries[entry.tool.name]
         self._count(entry, -1)
@@ -241,6 +241,10 @@ class Toolbox:
         self._bytes += sign * len(entry.definition.listed)
         self._pattern_bytes += sign * entry.arguments.pattern_bytes
         self._list = None
+
+
+def _first(entries: Mapping[ToolHost | None, Entry]) -> Entry:
+    return next(iter(entries.values()))
 
 
 def _listed(tools: Iterable[bytes]) -> bytes:

@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
-import orjson
 from msgspec import Raw
 
 from carserver.config import Settings
 from carserver.core.runs import Event
-from carserver.protocol.codec import encode, too_deep
+from carserver.protocol.codec import encode, nests_deeper
 from carserver.protocol.errors import invalid_params, limit_exceeded
 from carserver.protocol.runs import RECORDS
 from carserver.protocol.trace import turn_event
@@ -23,6 +22,8 @@ REPLACED = "…[truncated: turn exceeded {kib} KiB]"
 
 NOT_RUN: Mapping[str, Raw] = {"verifier_verdict": Raw(b'"not_run"')}
 """What a turn says of its verifier where it says nothing."""
+_NULL = Raw(b"null")
+_LEAST_MEMBER, _LEAST_ITEM = len(b',"":0'), len(b",0")
 _SAID_BY_US = ("type", "record", "index", "recorded_at")
 _members = msgspec.json.Decoder(dict[str, Raw])
 _whole = msgspec.json.Decoder()
@@ -53,24 +54,46 @@ def take_in_turn(given: Raw, kind: int, defaults: Mapping[str, Raw], settings: S
         RpcError: invalid_params, limit_exceeded.
     """
     raw = msgspec.json.format(bytes(given), indent=-1)
-    value = orjson.loads(raw)
-    if type(value) is not dict:
+    if not raw.startswith(b"{"):
         raise invalid_params(at, "a turn is an object")
-    if too_deep(raw, value, settings.value_nesting):
+    if nests_deeper(raw, settings.value_nesting):
         raise limit_exceeded("value_nesting", settings.value_nesting + 1, settings.value_nesting, at)
-    members = {name: _cut(bytes(member), settings) for name, member in _members.decode(raw).items()}
+    members = _members.decode(raw)
+    if len(members) * _LEAST_MEMBER > settings.recorded_turn_bytes:
+        return None
+    for name, member in members.items():
+        if len(member) > settings.recorded_string_bytes:
+            members[name] = _cut(member, settings)
     for name in _SAID_BY_US:
         members.pop(name, None)
     for name, default in defaults.items():
-        if members.get(name, b"null") == b"null":
-            members[name] = bytes(default)
+        if members.get(name, _NULL) == _NULL:
+            members[name] = default
     return _fitted(kind, members, settings.recorded_turn_bytes)
 
 
-def _cut(member: bytes, settings: Settings) -> bytes:
-    """A member whose strings are cut; most are short, and stay by their own bytes."""
-    maximum = settings.recorded_string_bytes
-    return member if len(member) <= maximum else encode(_cut_strings(_whole.decode(member), maximum))
+def _cut(member: Raw, settings: Settings) -> Raw:
+    """A large member whose strings are cut; most are small, and stay by their own bytes."""
+    value = _whole.decode(member)
+    if _has_more(value, settings.recorded_turn_bytes // _LEAST_ITEM):
+        return member  # too large however its strings are cut
+    return Raw(encode(_cut_strings(value, settings.recorded_string_bytes)))
+
+
+def _has_more(value: Any, most: int) -> bool:
+    """Whether there are more values than that within it."""
+    level = [value] if type(value) is list or type(value) is dict else []
+    while level:
+        most -= sum(map(len, level))
+        if most < 0:
+            return True
+        level = [
+            inner
+            for container in level
+            for inner in (container.values() if type(container) is dict else container)
+            if type(inner) is list or type(inner) is dict
+        ]
+    return False
 
 
 def _cut_strings(value: Any, maximum: int) -> Any:
@@ -86,20 +109,20 @@ def _cut_strings(value: Any, maximum: int) -> Any:
     return value
 
 
-def _fitted(kind: int, members: dict[str, bytes], maximum: int) -> Turn | None:
+def _fitted(kind: int, members: dict[str, Raw], maximum: int) -> Turn | None:
     """The largest members make room for a mark, one by one, until the turn fits."""
-    mark = encode(REPLACED.format(kib=maximum // 1024))
-    turn = Turn(kind, _joined(members))
+    mark = Raw(encode(REPLACED.format(kib=maximum // 1024)))
+    size = len(_joined(members))
     for name in sorted(members, key=lambda name: len(members[name]), reverse=True):
-        if len(turn.members) <= maximum or len(members[name]) <= len(mark):
+        if size <= maximum or len(members[name]) <= len(mark):
             break
+        size += len(mark) - len(members[name])
         members[name] = mark
-        turn = Turn(kind, _joined(members))
-    return turn if len(turn.members) <= maximum else None
+    return Turn(kind, _joined(members)) if size <= maximum else None
 
 
-def _joined(members: dict[str, bytes]) -> bytes:
-    return b"".join(b",%b:%b" % (encode(name), member) for name, member in members.items()) + b"}"
+def _joined(members: dict[str, Raw]) -> bytes:
+    return b",%b" % encode(members)[1:] if members else b"}"
 
 
 def events_of(turns: Sequence[Turn], first: int) -> list[Event]:

@@ -358,6 +358,35 @@ def test_proposals_keep_no_more_than_is_allowed_but_one_may_always_run() -> None
     assert submitted.results()[0]["status"] == "succeeded"
 
 
+@pytest.mark.parametrize(
+    ("chunk", "what", "retries"),
+    [
+        (GivenDone(result=Raw(b'"%b"' % (b"7" * 1_998))), "output", 3),
+        (ErrorChunk(message="x" * 2_000), "error message", 0),
+    ],
+)
+def test_what_has_no_room_beside_other_proposals_is_told_by_its_size_and_not_tried_again(
+    chunk: GivenDone | ErrorChunk, what: str, retries: int
+) -> None:
+    submitted = Submitted([action("a", failure_behavior="retry", max_retries=retries)], most=3_000)
+    other = submitted.submit([action("b")])
+    submitted.world.settle()
+    first, second = submitted.running()
+    first.says(chunk)
+    submitted.end(first, "succeed")
+    (result,) = submitted.results()
+    assert (result["status"], result["error"]) == (
+        "failed",
+        f"an {what} of 2000 bytes has no room: open proposals keep 2052 (proposals_bytes)",
+    )
+    assert submitted.running() == [second]
+    second.says(GivenDone(result=Raw(b'"%b"' % (b"7" * 1_998))))
+    second.ends(proved=True)
+    submitted.world.settle()
+    assert orjson.loads(other.value)["results"][0]["status"] == "succeeded", "one proposal alone has room"
+    assert submitted.proposals.bytes == 0
+
+
 def test_after_a_terminal_error_the_next_proposal_of_the_connection_is_refused() -> None:
     submitted = Submitted([action("a", failure_behavior="retry")])
     submitted.end(submitted.running()[0], "terminal")

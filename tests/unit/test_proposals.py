@@ -7,9 +7,11 @@ from typing import Any, cast
 
 import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from carserver.config import Settings
-from carserver.core.interpolation import check_size, filled, references
+from carserver.core.interpolation import REFERENCES, filled, filled_size, references
 from carserver.core.outputstore import OutputStore
 from carserver.core.principals import CLIENT
 from carserver.core.proposalanswer import Ending, Output, encoded
@@ -82,12 +84,44 @@ def test_a_string_that_is_exactly_a_reference_is_replaced_and_nothing_else(raw: 
     assert filled(raw, found, OUTPUTS, SETTINGS) == (raw if made is None else made)
 
 
+looks = st.sampled_from(['"', "\\", "$", "a", ".output", "$a.output", "é", " :", "\n", "x"])
+texts = st.lists(looks, max_size=6).map("".join)
+parameters = st.recursive(
+    texts | st.integers(), lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4)
+)
+
+
+@given(value=parameters, ascii_=st.booleans(), indent=st.sampled_from([None, 1]))
+def test_whatever_stands_around_them_references_are_the_strings_that_are_such(
+    value: Any, ascii_: bool, indent: int | None
+) -> None:
+    def replaced(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {name: replaced(inner) for name, inner in part.items()}
+        if isinstance(part, list):
+            return [replaced(inner) for inner in part]
+        return [1] if part == "$a.output" else part
+
+    raw = json.dumps({"x": value}, ensure_ascii=ascii_, indent=indent).encode()
+    for given_ in (raw, raw.replace(b"$", b"\\u0024"), raw.replace(b".output", b"\\u002eoutput")):
+        made = filled(given_, references(given_, {"a": 0}), {0: b"[1]"}, SETTINGS)
+        assert orjson.loads(made) == {"x": replaced(value)}
+
+
+def test_only_so_many_strings_may_look_like_references() -> None:
+    raw = json.dumps(["$c.output", *["$"] * 20_000, *["$a.output"] * (REFERENCES - 1)]).encode()
+    assert len(references(raw, PLACES)) == REFERENCES - 1
+    with pytest.raises(RpcError, match="10001 is more than references allows"):
+        references(b'["$a.output","$a.output",%b' % raw[1:], PLACES)
+    assert references(raw + raw, {}) == [], "where nothing comes before there is none"
+
+
 def test_parameters_do_not_grow_beyond_what_a_message_may_be() -> None:
     raw = b'["$a.output","$a.output"]'
     found = references(raw, PLACES)
-    check_size(raw, found, {0: 48}, Settings(message_bytes=99))
+    assert filled_size(raw, found, {0: 48}, Settings(message_bytes=99)) == 99
     with pytest.raises(RpcError, match="101 is more than message_bytes allows"):
-        check_size(raw, found, {0: 49}, Settings(message_bytes=99))
+        filled_size(raw, found, {0: 49}, Settings(message_bytes=99))
     assert filled(raw, found, {0: b"[]"}, Settings(brackets=3)) == b"[[],[]]"
     with pytest.raises(RpcError, match="3 is more than brackets allows"):
         filled(raw, found, {0: b"[]"}, Settings(brackets=2))

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from msgspec import Raw
 
 from carserver.config import Settings
+from carserver.core import turns as turns_module
 from carserver.core.runs import MODEL_TURN, TURN
 from carserver.core.turns import CUT, take_in_turn
 from carserver.protocol.errors import ErrorKind, RpcError
 
 SETTINGS = Settings(recorded_string_bytes=64, recorded_turn_bytes=1024)
+JOINED = turns_module._joined
 MARK = "…[truncated: turn exceeded 1 KiB]"
 NOT_RUN = {"verifier_verdict": Raw(b'"not_run"')}
 OURS = ("type", "record", "index", "recorded_at")
@@ -96,6 +98,31 @@ def test_in_a_turn_that_is_too_large_the_largest_members_make_room() -> None:
     assert event["output"] == MARK
     assert event["parameters"] == list(range(200))  # there is room for it then
     assert (event["prompt"], event["tool"]) == ("short", "t")
+
+
+def test_a_turn_of_many_members_is_put_together_twice_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    joined: list[int] = []
+
+    def counted(members: dict[str, Raw]) -> bytes:
+        joined.append(len(members))
+        return JOINED(members)
+
+    monkeypatch.setattr(turns_module, "_joined", counted)
+    assert taken({f"{place}": "x" * 60 for place in range(100)}) is None
+    assert taken({"long": "x" * 2_000, **{f"{place}": [0] * 40 for place in range(12)}}) is not None
+    assert len(joined) <= 4
+
+
+def test_a_member_of_more_values_than_could_fit_becomes_a_mark_and_the_others_stay() -> None:
+    manies: list[Any] = [[0] * 1_000, {f"{place}": 0 for place in range(1_000)}, [[[], {}] * 30] * 30]
+    for many in manies:
+        event = taken({"output": many, "prompt": "p"})
+        assert event is not None
+        assert (event["output"], event["prompt"]) == (MARK, "p")
+
+
+def test_a_turn_of_more_members_than_could_fit_is_not_looked_into() -> None:
+    assert taken({f"{place}": 0 for place in range(1024 // 5 + 1)}) is None
 
 
 def test_a_turn_of_nothing_but_small_members_may_be_too_large_for_any_mark() -> None:

@@ -1,11 +1,10 @@
 """`runs.*` of the CAR dialect that read: the records of a run, and the runs of an agent (contract, section 10)."""
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from msgspec import UNSET, Raw
 
-from carserver.core.runs import Entry, Head
+from carserver.core.runs import Head
 from carserver.core.subscription import Topic
 from carserver.methods import trace
 from carserver.methods.car.runs import RUN, START
@@ -27,16 +26,18 @@ from carserver.rpc.session import Session
 
 
 class _Read(NamedTuple):
-    """A run as it is by now, and the beginning of what was asked of its log: `cursor` is past it."""
+    """A run as it is by now, and the records of what was asked of its log: `cursor` is past them."""
 
     topic: Topic
     head: Head
-    entries: list[Entry]
+    records: list[Raw]
     cursor: int
 
 
 async def _read(session: Session, run_id: str, after: int, limit: int, size: int) -> _Read:
-    """A run's log from the cursor `after` on: at most `limit` entries and `size` bytes, at least one entry.
+    """A run's log from the cursor `after` on: at most `limit` records and `size` bytes of them, at least one.
+
+    Each page is made records as it comes: of a log of many small events they take much longer than their bytes say.
 
     Raises:
         RpcError: not_found, invalid_params; what storage raises.
@@ -46,24 +47,21 @@ async def _read(session: Session, run_id: str, after: int, limit: int, size: int
     head = topic.known
     if after > head.cursor:
         raise invalid_params("cursor", f"the log is at {head.cursor}, there is nothing after {after}")
-    entries: list[Entry] = []
+    records: list[Raw] = []
     cursor, left = after, size
-    while cursor < head.cursor and len(entries) < limit and left > 0:
-        found = await runs.scan(head, cursor, limit - len(entries), None)
+    while cursor < head.cursor and len(records) < limit and left > 0:
+        found = await runs.scan(head, cursor, limit - len(records), None)
         for entry in found.entries:
-            left -= len(entry.raw)
-            if left < 0 and entries:
+            record = entry_record(entry.sequence, entry.timestamp_ms, entry.raw, entry.kind)
+            left -= len(record)
+            if left < 0 and records:
                 break
-            entries.append(entry)
-        cursor = after + len(entries)
+            records.append(Raw(record))
+        cursor = after + len(records)
     topic = await runs.topic(run_id, session.acting)
     if topic.known.no != head.no:
         return await _read(session, run_id, after, limit, size)  # it was deleted meanwhile, and made anew
-    return _Read(topic, topic.known, entries, cursor)
-
-
-def _records(entries: Iterable[Entry]) -> list[Raw]:
-    return [Raw(entry_record(entry.sequence, entry.timestamp_ms, entry.raw, entry.kind)) for entry in entries]
+    return _Read(topic, topic.known, records, cursor)
 
 
 @method(
@@ -81,11 +79,11 @@ async def subscribe(session: Session, params: RunRef) -> Replied[FollowedRun]:
     subscription to the same run replaces the first.
     """
     settings = session.services.settings
-    topic, head, entries, cursor = await _read(session, params.run_id, 0, settings.so_far_turns, settings.so_far_bytes)
+    topic, head, records, cursor = await _read(session, params.run_id, 0, settings.so_far_turns, settings.so_far_bytes)
     followed = FollowedRun(
         run_id=head.run.id,
         agent_id=head.run.agent_id,
-        turns_so_far=_records(entries),
+        turns_so_far=records,
         cursor=cursor,
         status=live_status(head.run.status),
     )
@@ -113,14 +111,13 @@ async def get_trace(session: Session, params: GetTrace) -> RunTrace | NoTrace:
     """
     settings = session.services.settings
     try:
-        _, head, entries, cursor = await _read(
+        _, head, records, cursor = await _read(
             session, params.run_id, params.cursor, settings.run_events, settings.whole_trace_bytes
         )
     except RpcError as error:
         if error.kind is not ErrorKind.NOT_FOUND:
             raise
         return NoTrace(run_id=params.run_id)
-    records = _records(entries)
     if not params.cursor:
         records.insert(0, Raw(encode(started_record(head.run))))
     if cursor == head.cursor and not head.live:
@@ -136,7 +133,7 @@ async def get_trace(session: Session, params: GetTrace) -> RunTrace | NoTrace:
 
 @method("runs.list", dialect="car", again=True, pages=True, example=Example({"agent_id": "name:Fixer"}, before=[START]))
 async def list_(session: Session, params: ListAgentRuns) -> Encoded[AgentRuns]:
-    """The runs of an agent that one may see, newest first: up to 1,000, or 1 MiB; then `has_more` says that there are.
+    """The runs of an agent that one may see, newest first: up to 1,000, or 1 MiB; `has_more`: there are others.
 
     `turn_count` is the number of turns that were recorded; what else its log has is not counted.
     """
