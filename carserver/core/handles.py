@@ -130,6 +130,7 @@ class Handle:
         self.terminal = False  # its host says that trying again will not help
         self.exit_code: int | None = None
         self.proof: Proof | None = None  # of a stop by the daemon
+        self.lost = False  # who ran it is gone, so it will not be known whether anything of it lives
         self._maximum = settings.handle_chunks
         self._maximum_bytes = settings.handle_bytes
         self._chunks: deque[bytes] = deque()

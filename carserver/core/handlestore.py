@@ -6,7 +6,7 @@ handle goes through then is `core.life`; here is who may see it, and how long it
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -139,7 +139,7 @@ class HandleStore:
         self._live: dict[str, dict[str, Life]] = {}  # of each principal, those that have not ended
         self._running = 0  # executions that were started, and are not known to be gone
         self._of_runs: dict[str, dict[str, Life]] = {}  # the live ones
-        self._stopping: dict[str | None, list[Handle]] = {}  # of runs: what was stopped, until it is known to be gone
+        self._stopping: dict[str | None, list[Handle]] = {}  # of runs: what is stopped, or lost, and not known as gone
         self._openings: dict[Key, _Opening] = {}
         self._keys: dict[Key, tuple[bytes, str]] = {}
         self._key_of: dict[str, Key] = {}
@@ -226,9 +226,11 @@ class HandleStore:
             run_id=order.run_id,
             attempt=order.attempt,
         )
-        refusal = entry.host.refuses(call)
-        if refusal is not None:
-            raise refusal
+        if (refusal := entry.host.refuses(call)) is not None:
+            try:
+                raise refusal
+            finally:
+                del refusal  # its traceback has this frame: as a cycle, parameters as large as a message would stay
         return entry, call
 
     def _begin(self, call: Call, principal: Principal) -> Life:
@@ -361,16 +363,14 @@ class HandleStore:
             life.cancel(RUN_OVER)
 
     def stopping(self, run_id: str) -> list[Handle]:
-        """What ran in a run and was stopped, for whatever reason, and is not known to be gone."""
+        """What ran in a run and was stopped, for whatever reason, or lost, and is not known to be gone."""
         return self._stopping.get(run_id, []).copy()
 
-    async def are_gone(self, handles: Iterable[Handle]) -> bool:
+    async def are_gone(self, handles: Sequence[Handle]) -> bool:
         """Waits until each of these stops is proven, or was given up; whether all are proven."""
-        gone = True
         for handle in handles:
             await handle.until(handle.is_settled, None, handle.awaiting, self._new_signal())
-            gone = gone and handle.proof == "confirmed"
-        return gone
+        return not any(handle.lost for handle in handles)
 
     # Looking.
 
@@ -445,12 +445,8 @@ class HandleStore:
         if handle.run_id is not None and handle.proof == "requested":
             self._stopping.setdefault(handle.run_id, []).append(handle)
         self.callers.ended(life)
-        if handle.id in self._lives:
-            self._keep(life)
-
-    def _keep(self, life: Life) -> None:
-        """It is known, and has ended."""
-        handle = life.handle
+        if handle.id not in self._lives:
+            return  # nobody knows of it
         if self._hooks is not None:
             self._hooks.tool_ended(handle.id, handle.tool, handle.status, handle.run_id or "")
         self._finished.add(handle)
@@ -466,11 +462,14 @@ class HandleStore:
 
     def _settled(self, life: Life) -> None:
         self._running -= 1
-        self._stops_no_more(life.handle)
+        handle = life.handle
+        if handle.lost and handle.proof is None and handle.run_id is not None:
+            self._stopping.setdefault(handle.run_id, []).append(handle)
+        self._stops_no_more(handle)
 
     def _stops_no_more(self, handle: Handle) -> None:
         """Unless it is still awaited, or known not to have stopped."""
-        if handle.proof == "requested" or (handle.proof == "unconfirmed" and handle.id in self._lives):
+        if handle.proof == "requested" or (handle.lost and handle.id in self._lives):
             return
         stopping = self._stopping.get(handle.run_id, [])
         if handle in stopping:

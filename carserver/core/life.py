@@ -138,6 +138,7 @@ class Life:
         """Nothing of it lives."""
         if self.handle.proof is not None:
             self.handle.proof = "confirmed"
+        self.handle.lost = False
         self._settle()
         self.close()
 
@@ -146,6 +147,7 @@ class Life:
         if self.handle.proof is not None:
             self.handle.proof = "unconfirmed"
             self._counters.stops_unconfirmed += 1
+        self.handle.lost = True
         self._settle()
         self.close()
 

@@ -80,7 +80,9 @@ class CancelForReceipt(Edit, frozen=True, kw_only=True):
         prior = stored.receipts.get(self.principal.name, self.key)
         if prior is not None:
             if prior.digest != digest:
-                raise conflict("key_reused", "idempotency_key was used before with another run_id or reason")
+                used = msgspec.json.decode(prior.receipt, type=Receipt).run_id
+                words = f"idempotency_key was used before, for run {used!r}, with another run_id or reason"
+                raise conflict("key_reused", words, run_id=used)
             return Edited(Receipted(prior.receipt, prior.final, is_new=False))
         head = visible(stored.runs.head(self.run_id), self.principal, "run", self.run_id)
         final = head.run.status in FINAL

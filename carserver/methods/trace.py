@@ -4,6 +4,7 @@ from typing import TypeVar
 
 from msgspec import Raw
 
+from carserver.core.principals import visible
 from carserver.core.subscription import Topic
 from carserver.methods.runs import CREATE, RUN
 from carserver.protocol.codec import encode
@@ -51,8 +52,9 @@ def follow(session: Session, topic: Topic, cursor: int, reply: T) -> Replied[T]:
     """Subscribes to a run from `cursor` on, in place of an earlier subscription; the stream begins after `reply`.
 
     Raises:
-        RpcError: limit_exceeded.
+        RpcError: not_found, for a connection that has come to act as somebody else meanwhile; limit_exceeded.
     """
+    visible(topic.head, session.acting, "run", topic.run_id)
     hub, subscriptions = session.services.runs.hub, session.subscriptions
     maximum = session.services.settings.subscriptions
     previous = subscriptions.get(topic.run_id)

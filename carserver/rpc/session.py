@@ -178,6 +178,13 @@ class Session:
         """Whether the tools that it hosts are for itself: see `core.toolbox`."""
         return bool(self.dialect)
 
+    def work_in(self, run_id: str, principal: Principal) -> bool:
+        """Its proposals are part of that run from now on, unless it has come to act as somebody else meanwhile."""
+        if self.principal != principal:
+            return False
+        self.current_run = run_id
+        return True
+
     def host_tools(self) -> Hosting:
         """What runs the tools that it hosts."""
         if self.hosting is None:

@@ -4,6 +4,7 @@ Every request is answered within `storage_s`, or told that its outcome is unknow
 """
 
 import asyncio
+import contextlib
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
@@ -131,8 +132,9 @@ class SqliteStore:
         self._counters.commits += bool(committed)
         self._counters.storage_failures += not committed and self._writer.problem is not None
         try:
-            for publish in self._publish:
-                publish(committed)
+            with contextlib.ExitStack() as all_of_them:  # each, also where one before it has a defect
+                for publish in reversed(self._publish):
+                    all_of_them.callback(publish, committed)
         finally:
             for job, result, _ in outcomes:
                 self._waiting -= 1

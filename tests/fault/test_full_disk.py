@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -207,6 +208,55 @@ async def test_on_a_full_disk_changes_are_not_done_reads_go_on_and_service_resum
         daemon.start()
         async with peer(daemon) as reader:
             await reads_go_on(reader, daemon, owner)
+
+
+async def refused_as_full(connection: Peer, method: str, params: dict[str, Any]) -> None:
+    with pytest.raises(Refused) as refused:
+        await connection.call(method, params)
+    assert (refused.value.type, refused.value.data["outcome"]) == FULL, method
+
+
+async def test_on_a_full_disk_no_cancel_has_a_receipt_no_turn_is_recorded_and_no_approval_is_asked_for(
+    mounted: MountedDisk,
+) -> None:
+    padded = {"action": "go on", "details": "x" * 50_000}
+    cancel = {"run_id": "a", "idempotency_key": "k", "reason": "x" * 50_000}
+    turn = {"run_id": "a", "turns": [{"output": ["x" * 10_000] * 10}]}
+    with running(mounted.state, *mounted.args, wrapper=mounted.wrapper, probe_s=PROBE_S) as daemon:
+        async with owner_of_a_run(daemon) as owner, peer(daemon) as agent, peer(daemon) as viewer:
+            for one in (agent, viewer):
+                await one.call("server.handshake", {"protocol_version": 3})
+            await agent.call("runs.start", {"intent": "i", "agent_id": "a", "idempotency_key": "a"})
+            asked = (await agent.call("host.request_approval", padded))["id"]
+            await viewer.call("host.subscribe")
+            await viewer.call("runs.subscribe", {"run_id": "a"})
+            await viewer.next("runs.trace.event")
+            mounted.fill(daemon)
+            await owner.until_refused()
+            calls: dict[str, dict[str, Any]] = {
+                "runs.cancel": cancel,
+                "runs.record_turns": turn,
+                "host.request_approval": padded,
+            }
+            for method, params in calls.items():
+                await refused_as_full(agent, method, params)
+            assert (await agent.call("runs.get", {"run_id": "a"}))["status"] == "created"
+            assert [one["id"] for one in (await viewer.call("host.approvals"))["approvals"]] == [asked]
+            assert viewer.pushed.empty(), "nobody is told of what was not done"
+
+            mounted.make_room(daemon)
+            await daemon.until("storage_writable", 1)
+            resolve = {"approval_id": asked, "resolution": "approve"}
+            assert (await agent.call("host.resolve_approval", resolve))["status"] == "resolved"
+            receipt = await agent.call("runs.cancel", cancel)
+            assert receipt["status"] == "cancelled_confirmed"
+            assert (await viewer.next("host.event"))["kind"] == "approval.resolved"
+        daemon.kill()
+        daemon.start()
+        async with peer(daemon) as agent:
+            await agent.call("server.handshake", {"protocol_version": 3})
+            assert await agent.call("runs.cancel", cancel) == receipt
+            assert (await agent.call("host.approvals"))["approvals"] == []
 
 
 async def test_a_daemon_that_was_killed_on_a_full_disk_starts_on_it_serves_reads_and_resumes_when_there_is_room(

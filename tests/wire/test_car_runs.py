@@ -206,6 +206,17 @@ async def test_a_long_trace_is_read_in_parts_that_say_that_there_is_more(start: 
         assert [record["index"] for record in read[1:-1]] == list(range(20))
 
 
+async def test_a_trace_of_many_small_events_counts_what_its_records_take(start: StartDaemon) -> None:
+    daemon = start(whole_trace_bytes=20_000, frame_bytes=65_536)
+    async with peer(daemon) as native, car(daemon) as client:
+        run = (await native.create())["id"]
+        await native.record(run, *[{"type": "x"}] * 1_000)
+        page = await client.call("runs.get_trace", {"run_id": run})
+        assert page["has_more"]
+        assert 100 < page["cursor"] < 400
+        assert page["cursor"] == len(page["records"]) - 1
+
+
 async def test_a_run_written_natively_is_read_in_the_dialect_and_the_other_way_round(daemon: Daemon) -> None:
     async with peer(daemon) as native, car(daemon) as client:
         run = await native.create(prompt="natively", agent_id="writer")
@@ -275,6 +286,27 @@ async def test_the_same_key_gives_the_same_receipt_and_no_other_cancel(start: St
         assert (await host.call("runs.cancel", first))["principal"] == "host"  # a key is its principal's
 
 
+async def test_a_daemon_that_dies_before_the_proof_leaves_a_receipt_that_claims_none(start: StartDaemon) -> None:
+    daemon = start()
+    first = {"run_id": "one", "idempotency_key": "k", "reason": "r"}
+    async with car(daemon) as agent, peer(daemon) as worker, peer(daemon) as caller:
+        host = Host(worker)
+        await host.register("dig")
+        await started(agent, "one")
+        await caller.call("tools.invoke", {"tool": "dig", "run_id": "one"})
+        await host.asked()
+        cancel = agent.start("runs.cancel", first)
+        await host.told_to_stop()  # so the cancel is durable, and its proof is waited for
+        daemon.kill()
+        with pytest.raises(ConnectionError):
+            await cancel
+    daemon.start()
+    async with car(daemon) as agent:
+        receipt = await agent.call("runs.cancel", first)
+        assert receipt["status"] == "termination_unconfirmed"
+        assert await agent.call("runs.cancel", first) == receipt
+
+
 @pytest.mark.parametrize(("answers", "status"), [(True, "cancelled_confirmed"), (False, "termination_unconfirmed")])
 async def test_a_cancel_waits_until_what_ran_is_gone_or_was_given_up(
     start: StartDaemon, answers: bool, status: str
@@ -321,6 +353,20 @@ async def test_a_cancel_knows_of_a_tool_that_is_known_not_to_have_stopped(start:
         handle = (await caller.call("tools.invoke", {"tool": "dig", "run_id": run}))["handle"]
         await host.asked()
         assert (await caller.call("tools.cancel", {"handle": handle, "wait_ms": 20_000}))["cancel"] == "unconfirmed"
+        receipt = await agent.call("runs.cancel", {"run_id": run, "idempotency_key": "k", "reason": "r"})
+        assert receipt["status"] == "termination_unconfirmed"
+
+
+async def test_a_cancel_knows_of_a_tool_whose_host_was_lost(daemon: Daemon) -> None:
+    async with car(daemon) as agent, peer(daemon) as caller:
+        run = await started(agent)
+        async with peer(daemon) as worker:
+            host = Host(worker)
+            await host.register("dig")
+            handle = (await caller.call("tools.invoke", {"tool": "dig", "run_id": run}))["handle"]
+            await host.asked()
+        poll = await caller.call("tools.poll", {"handle": handle, "wait_ms": 20_000, "after": 0})
+        assert poll["status"] == "failed"
         receipt = await agent.call("runs.cancel", {"run_id": run, "idempotency_key": "k", "reason": "r"})
         assert receipt["status"] == "termination_unconfirmed"
 

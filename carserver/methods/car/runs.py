@@ -49,7 +49,7 @@ async def start(session: Session, params: carruns.StartRun) -> Started:
     """
     key = params.idempotency_key
     if key is not None and key.startswith(_OURS):
-        raise invalid_params("idempotency_key", f"it is to be the run's id, and {_OURS!r} begins those that are given")
+        raise invalid_params("idempotency_key", f"it becomes the run's id, and {_OURS!r} begins the daemon's own")
     check_text(params.intent, "text_bytes", session.services.settings.text_bytes, "intent")
     head = new_head(
         session,
@@ -61,7 +61,7 @@ async def start(session: Session, params: carruns.StartRun) -> Started:
     )
     command = Start(run_id=head.run.id, principal=session.acting, now_ms=head.last_at_ms, head=head)
     run: Snapshot = await session.services.runs.change(command, session)
-    session.current_run = run.id
+    session.work_in(run.id, command.principal)
     return Started(run_id=run.id, agent_id=run.agent_id)
 
 
@@ -208,6 +208,6 @@ async def resume(session: Session, params: RunRef) -> Resumed:
     last = attendance.last(params.run_id)
     command = Resume(run_id=params.run_id, principal=session.acting, now_ms=session.services.clock.now_ms())
     run: Snapshot = await session.services.runs.change(command, session)
-    attendance.attend_alone(run.id, session)
-    session.current_run = run.id
+    if session.work_in(run.id, command.principal):
+        attendance.attend_alone(run.id, session)
     return Resumed(run_id=run.id, agent_id=run.agent_id, client_id=session.client_id, resumed_from_client_id=last)
