@@ -11,6 +11,7 @@ import msgspec
 import orjson
 from msgspec import Raw
 
+from carserver.protocol.choices import choices
 from carserver.protocol.errors import ErrorKind, RpcError, invalid_params, limit_exceeded
 
 T = TypeVar("T")
@@ -50,6 +51,11 @@ def too_deep(source: bytes, value: Any, nesting: int) -> bool:
     return _opening(source) > nesting and _deeper(value, nesting)
 
 
+def nests_deeper(source: bytes, nesting: int) -> bool:
+    """Whether `source`, known to be JSON, has brackets nested deeper than `nesting`; parses it only if it might."""
+    return _opening(source) > nesting and _deeper(orjson.loads(source), nesting)
+
+
 def _opening(source: bytes) -> int:
     """Its opening brackets, those in strings included."""
     return source.count(b"{") + source.count(b"[")
@@ -80,7 +86,7 @@ def convert(value: Any, type_: type[T], at: str = "") -> T:
     try:
         return msgspec.convert(value, type_)
     except msgspec.ValidationError as error:
-        raise _refused(error, at) from None
+        raise _refused(error, at, type_) from None
 
 
 def decode(decoder: msgspec.json.Decoder[T], source: bytes | Raw, at: str = "") -> T:
@@ -92,15 +98,16 @@ def decode(decoder: msgspec.json.Decoder[T], source: bytes | Raw, at: str = "") 
     try:
         return decoder.decode(source)
     except msgspec.ValidationError as error:
-        raise _refused(error, at) from None
+        raise _refused(error, at, decoder.type) from None
 
 
-def _refused(error: msgspec.ValidationError, at: str) -> RpcError:
+def _refused(error: msgspec.ValidationError, at: str, type_: Any) -> RpcError:
     found = _PLACE.match(str(error))
     what, path = (found["what"], found["path"] or "$") if found else (str(error), "$")
     below = path.removeprefix("$").removeprefix(".")
     joined = f"{at}.{below}" if at and below and not below.startswith("[") else at + below
-    return invalid_params(joined, what[:1].lower() + what[1:])
+    known = choices(type_, path) if what.startswith("Invalid enum value") else ()
+    return invalid_params(joined, what[:1].lower() + what[1:] + (f"; one of: {', '.join(known)}" if known else ""))
 
 
 def compact(raw: bytes) -> bytes:
