@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from carserver.cli.plain import clipped
-from carserver.cli.turns import Outcome, asked, outcome, rejected, verdict
+from carserver.cli.turns import Outcome, asked, compact, outcome, rejected, verdict
 from carserver.cli.view_tree import (
     INPUT_CHARACTERS,
     NEAR,
@@ -294,6 +294,10 @@ class RunModel:
         handle = key(record.get("handle"))
         if handle and (shown := self.tree.tools.get(handle)) is not None:
             shown.detail = shown.detail or given(record.get("parameters"))
+            if record.get("status") == "failed" and shown.state is not State.FAILED:
+                self.tree.counts["failed"] += 1
+                shown.end(State.FAILED, self.newest_ms)
+                shown.state = State.FAILED  # its tool may have answered before, in the words of an error
             return
         index, tool = count(record.get("index")), told(record.get("tool"))
         node = self._add(self._place, Node(Kind.TURN, "turn" if index is None else f"turn {index}"))
@@ -301,9 +305,11 @@ class RunModel:
         node.detail = clipped(f"{tool}  {given(record.get('parameters'))}".strip(), TOLD_CHARACTERS) if tool else ""
         node.detail = node.detail or told(record.get("prompt"))
         output = record.get("output")
-        node.output = told(record.get("cli_outcome") if output is None else output)
+        said = record.get("cli_outcome") if output is None else output
+        node.output = "" if said is None else compact(said)
         node.started_ms = None
-        node.end(State.FAILED if record.get("policy_rejected") else State.DONE, None)
+        failed = record.get("policy_rejected") or record.get("status") == "failed"
+        node.end(State.FAILED if failed else State.DONE, None)
 
     def _whole_model_turn(self, record: dict[str, Any]) -> None:
         """A turn of a model that was recorded when it was over: what it wrote, and which tools it asked for."""

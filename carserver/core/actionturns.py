@@ -18,6 +18,7 @@ from carserver.core.runstore import Clock, RunStore
 from carserver.core.turns import NOT_RUN, take_in_turn
 from carserver.protocol.codec import encode
 from carserver.protocol.errors import RpcError
+from carserver.protocol.proposals import ActionStatus
 
 
 class _ActionTurn(Struct, frozen=True, kw_only=True):
@@ -25,6 +26,7 @@ class _ActionTurn(Struct, frozen=True, kw_only=True):
     tool: str
     parameters: Raw
     output: Raw
+    status: ActionStatus
     handle: str | UnsetType = UNSET
 
 
@@ -52,17 +54,22 @@ class ActionTurns:
         self,
         run_id: str,
         action: Action,
+        status: ActionStatus,
         outcome: Output | str,
         handle: str | None,
         principal: Principal,
         by: Attendant,
     ) -> str | None:
-        """Records the turn of an action that was tried; `outcome` is its output, or its error. Why it could not be."""
+        """Records the turn of an action that was tried; why it could not be.
+
+        `status` is how the try ended, `outcome` the output, or the error.
+        """
         turn = _ActionTurn(
             action_id=action.id,
             tool=action.tool,
             parameters=Raw(action.parameters),
             output=Raw(encode(_Error(outcome)) if isinstance(outcome, str) else outcome.told()),
+            status=status,
             handle=UNSET if handle is None else handle,
         )
         try:

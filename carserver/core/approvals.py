@@ -99,7 +99,8 @@ class ResolveApproval(Edit, frozen=True, kw_only=True):
         if approval.system_level or self.principal.role == "host":
             return
         if self.is_anothers:
-            raise forbidden("the session that requested it lives: that one resolves it, or the host")
+            words = "the session that requested it is connected: that one resolves it, or the host"
+            raise forbidden(f"{words} (anyone, if it were requested with system_level)")
         if row.owner != self.principal.name:
             raise forbidden(f"it was requested by {row.owner}: that one resolves it, or the host")
 

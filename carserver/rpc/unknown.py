@@ -27,7 +27,7 @@ class UnknownMethod(RpcError):
 
 def hint(name: str, names: Collection[str], lister: str) -> str:
     """In one line: the nearest names; else those of its area; else the areas that there are."""
-    ending = f"; {lister} lists all; a module of methods adds others (serve --methods MODULE)"
+    ending = f"; {lister} lists all; a module of methods adds others (carserver serve --methods MODULE)"
     name = name[:_COMPARED]
     area, dot, _ = name.partition(".")
     near = difflib.get_close_matches(name, names, _NEAREST, _ALIKE)

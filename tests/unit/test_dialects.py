@@ -115,7 +115,7 @@ def test_all_else_is_answered_the_areas_that_there_are_and_how_others_are_added(
     words = hint(name, NAMES, "x")
     assert words.startswith("there are: ")
     assert " outputs.*, " in words
-    assert words.endswith("; x lists all; a module of methods adds others (serve --methods MODULE)")
+    assert words.endswith("; x lists all; a module of methods adds others (carserver serve --methods MODULE)")
 
 
 def test_a_hint_is_short_however_many_methods_there_are_and_says_how_many_it_leaves_out() -> None:

@@ -183,7 +183,7 @@ def test_the_live_view_has_whole_turns_as_turns() -> None:
         "  → asks for bash  ls -l",
         "✓ turn 1  bash  ls -l  → total 0",
         "✗ turn 2  rejected by policy  bash  rm  → no",
-        "✓ turn 3  verifier: passed  why  → {'k': 1}",
+        '✓ turn 3  verifier: passed  why  → {"k":1}',
     ]
     assert shown[9:12] == ["I look at it.", "", "Then I fix it."]
     assert "✗ turn 2  rejected by p…" in plain(screen(model, 24, 24, NOW_MS)), "what matters most comes first"
@@ -198,8 +198,13 @@ def test_the_turn_of_an_action_is_the_tool_that_is_shown_already() -> None:
         trace_event(2, {"type": "tool_end", "id": "h1", "name": "grep", "output": "3"}),
         trace_turn(3, handle="h2", **turn),  # its start was not seen
         trace_turn(4, **turn),
+        trace_event(5, {"type": "tool_start", "id": "h3", "name": "look"}),
+        trace_event(6, {"type": "tool_end", "id": "h3", "name": "look", "output": '{"error":"no"}'}),
+        trace_turn(7, handle="h3", status="failed", **turn),
     )
-    assert shape(model.tree.root) == [["grep", "done"], ["turn 3", "done"], ["turn 4", "done"]]
+    nodes = [["grep", "done"], ["turn 3", "done"], ["turn 4", "done"], ["look", "failed"]]
+    assert shape(model.tree.root) == nodes
+    assert model.tree.counts["failed"] == 1
     assert plain(screen(model, 80, 24, NOW_MS))[3].startswith("✓ grep  TODO  → 3 ")
 
 

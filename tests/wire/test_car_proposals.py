@@ -395,6 +395,7 @@ async def test_actions_are_part_of_the_run_that_the_connection_has_started_until
             "tool": begun["name"],
             "parameters": {},
             "output": "one",
+            "status": "succeeded",
             "handle": begun["id"],
             "verifier_verdict": "not_run",
         }

@@ -18,8 +18,8 @@ async def register(session: Session, params: list[GivenCarTool]) -> int:
     """Hosts tools on this connection, as the native method does; the answer is their number.
 
     Their names may be others' as well: this connection gets its own by them, and never those of another connection of
-    the dialect. So many agents that register tools of the same names, as each has a `finish`, work side by side. All
-    else get, by such a name, the one that came first.
+    the dialect. So many agents that register tools of the same names, as each has a `finish`, work side by side.
+    Everybody else gets, by such a name, the one that came first.
 
     A member that is null is as good as left out. `cache_ttl_secs`, `rate_limit` and `source` have no effect: answers
     are not kept, calls are not counted, and where a tool comes from is known.
