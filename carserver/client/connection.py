@@ -203,6 +203,7 @@ class Connection:
         self._room = asyncio.Event()  # a notification was taken, or a call began
         self._lost: ConnectionLost | None = None
         self._closing = False
+        self._deaf = False  # nothing can be sent any more; what has come is still to be read
         self._gone = False  # there is nothing to be had from the network any more
         self._tasks = [
             asyncio.create_task(self._read(), name="carserver client: reader"),
@@ -211,8 +212,8 @@ class Connection:
 
     @property
     def lost(self) -> bool:
-        """Whether it has ended."""
-        return self._lost is not None
+        """Whether it has ended, as far as anything is to be sent."""
+        return self._lost is not None or self._deaf
 
     @overload
     async def call(self, method: str, params: Any = None, timeout: float | None = None) -> Any: ...  # noqa: ASYNC109
@@ -340,6 +341,9 @@ class Connection:
         try:
             await self._websocket.send(frame, text=True)
         except ConnectionClosed as error:
+            # The reader learns of it when it comes to the end of what has come. Until then who asks for a connection is
+            # not to get this one: sending fails at once, so who tried again and again would never let the reader run.
+            self._deaf = True
             raise _lost(error) from None
 
     async def _read(self) -> None:

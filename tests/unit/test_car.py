@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from msgspec import Raw
+from websockets.exceptions import ConnectionClosedError
 
 from carserver.client.car import Car
 from carserver.client.errors import CallError, CallTimeout, ConnectionLost, NotAuthorised, Unreachable
@@ -103,6 +104,24 @@ async def test_what_ended_the_connection_by_itself_is_not_sent_again(code: int) 
             with pytest.raises(ConnectionLost, match=str(code)):
                 await car.call("runs.get", {"run_id": "r"})
         assert len(daemon.params_of("runs.get")) == 1
+
+
+async def test_a_connection_that_only_sending_knows_to_be_lost_is_not_tried_again_and_again() -> None:
+    tries = 0
+
+    async def send(*_: Any, **__: Any) -> None:
+        nonlocal tries
+        tries += 1
+        assert tries < 10, "nobody else gets a turn"
+        raise ConnectionClosedError(None, None)
+
+    with FakeDaemon({"runs.get": "done"}) as daemon:
+        async with car_of(daemon) as car:
+            websocket = (await car.link.connection())._websocket
+            websocket.send = send  # type: ignore[method-assign]
+            asyncio.get_running_loop().call_soon(websocket.transport.abort)
+            assert await car.call("runs.get", {"run_id": "r"}) == "done"
+    assert tries == 1
 
 
 async def test_what_was_certainly_not_sent_goes_out_on_the_next_connection_whatever_it_is() -> None:
