@@ -7,12 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.daemon import Daemon, running
 
 ASYNC_TEST_S = 50.0  # below pytest's own timeout for a test, so that this one names what waited
 
 StartDaemon = Callable[..., Daemon]
+
+# How long an example takes is the machine's affair; pytest's timeout ends what hangs.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.hookimpl(tryfirst=True)
