@@ -50,7 +50,7 @@ def answers(daemon: Daemon, stream: bytes, cuts: list[int]) -> list[bytes]:
 
 def wanted(line: bytes) -> list[list[str]]:
     """The frames that answer a line: of each the ids of its replies, as JSON."""
-    if not line.strip():
+    if not line.strip(b" \t\r"):
         return []
     try:
         value = parsed(line)
