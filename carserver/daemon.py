@@ -315,9 +315,9 @@ class Daemon:
         self._tell_endpoint(folder, url_of(LOOPBACK_OF.get(host, host), port))
         self.retention.start()
         self._beat()
-        gc.collect()
         gc.freeze()  # what is there now stays: the collector need not look at it again
         gc.set_threshold(*_GC_THRESHOLDS)
+        gc.enable()
         log.info("carserver %s is ready at %s", __version__, url, extra={"boot_id": self.boot_id})
         announced = sys.stderr if entrances.stdio else sys.stdout
         announced.write(f"listening on {url}\n")

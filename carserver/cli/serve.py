@@ -1,5 +1,6 @@
 """`carserver serve`: from flags to settings to the daemon."""
 
+import gc
 import os
 import typing
 from typing import Any
@@ -48,6 +49,7 @@ def serve(*, no_auth: bool, stdio: bool, config: str | None, **flags: Any) -> in
 
 def _run(settings: Settings) -> int:
     leave_first_process()
+    gc.disable()  # until the daemon is ready: what is imported and built now stays, so looking for garbage is in vain
     # Here, not above: `serve --help` and a wrong flag need no daemon.
     from carserver.daemon import StartError, run  # noqa: PLC0415
     from carserver.stores.folder import FolderError, SecretSettingError  # noqa: PLC0415

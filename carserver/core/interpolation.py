@@ -5,6 +5,7 @@ Pure. The parameters stay bytes, so that every number in them keeps its own lite
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import orjson
@@ -15,12 +16,18 @@ from carserver.protocol.errors import limit_exceeded
 REFERENCES = 10_000
 """Strings in one action's parameters that look like a reference: each is looked at."""
 _ENDS = ".output"
-# An escaped quote stands behind a backslash, and behind a quote that ends a string comes neither $ nor a backslash: so
-# what this finds is a whole string, and no name of a member. It ends as it should, or has escapes.
-_LOOKS_SO = re.compile(
-    rb'(?<!\\)"(?:\$|\\u0024)(?:[^"\\]*\.output|(?=[^"\\]*+\\)[^"\\]*+(?:\\.[^"\\]*+)*+)"(?!\s*:)', re.DOTALL
-)
 _AT = "parameters"
+
+
+@cache  # it takes as long to compile as many modules take to import
+def _looks_so() -> re.Pattern[bytes]:
+    """A whole string, and no name of a member, which begins as a reference, and ends so or has escapes.
+
+    An escaped quote stands behind a backslash, and behind a quote that ends a string comes neither $ nor a backslash.
+    """
+    return re.compile(
+        rb'(?<!\\)"(?:\$|\\u0024)(?:[^"\\]*\.output|(?=[^"\\]*+\\)[^"\\]*+(?:\\.[^"\\]*+)*+)"(?!\s*:)', re.DOTALL
+    )
 
 
 class Reference(NamedTuple):
@@ -40,7 +47,7 @@ def references(raw: bytes, places: Mapping[str, int]) -> list[Reference]:
     found: list[Reference] = []
     if not places:
         return found
-    for number, token in enumerate(_LOOKS_SO.finditer(raw), 1):
+    for number, token in enumerate(_looks_so().finditer(raw), 1):
         if number > REFERENCES:
             raise limit_exceeded("references", number, REFERENCES, _AT)
         text: str = orjson.loads(token[0])
