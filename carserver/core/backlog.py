@@ -4,12 +4,14 @@ Where it grows over its bounds the oldest go: a gap in their numbers shows that 
 for them. What was offered in one turn of the loop leaves together, and a message is framed once for all who get it.
 """
 
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterable
 from typing import Generic, TypeVar
 
 from carserver.config import Settings
 from carserver.core.outbox import Framing, Outbox
+from carserver.core.piecebypiece import PieceByPiece
 from carserver.core.ports import CallLater
 
 
@@ -34,50 +36,32 @@ class Piece:
 P = TypeVar("P", bound=Piece)
 
 
-class Backlog(Generic[P]):
-    """One connection's.
-
-    At most one piece of it is in the outbox, and the next enters when that is low: so it takes turns with the live
-    traces of the same connection, and a peer that does not read costs a bounded queue.
+class Backlog(PieceByPiece, Generic[P]):
+    """One connection's. A peer that does not read costs a bounded queue.
 
     Args:
         outbox: Where its frames go.
         settings: `stream_events`, `stream_bytes`, `watch_piece_bytes`.
     """
 
-    __slots__ = (
-        "_bytes",
-        "_maximum",
-        "_maximum_bytes",
-        "_outbox",
-        "_piece_bytes",
-        "_queue",
-        "_under_way",
-        "closed",
-    )
+    __slots__ = ("_bytes", "_maximum", "_maximum_bytes", "_piece_bytes", "_queue")
 
     def __init__(self, outbox: Outbox, settings: Settings) -> None:
-        self.closed = False
-        self._outbox = outbox
+        super().__init__(outbox)
         self._maximum = settings.stream_events
         self._maximum_bytes = settings.stream_bytes
         self._piece_bytes = settings.watch_piece_bytes
         self._queue: deque[tuple[P, int]] = deque()  # and what each is wanted for, in flags of whoever offers
         self._bytes = 0  # of the messages in the queue
-        self._under_way = False  # a piece is in the outbox, or the outbox will say when it is low
 
     @property
     def waiting(self) -> int:
         """How many messages are in the queue."""
         return len(self._queue)
 
-    def count_sent(self, messages: int) -> None:
-        """So many went to the socket."""
-        raise NotImplementedError
-
+    @abstractmethod
     def count_skip(self) -> None:
         """One was left out."""
-        raise NotImplementedError
 
     def offer(self, piece: P, wanted_for: int = 1) -> None:
         """One more message; the oldest are skipped where there is no room."""
@@ -93,17 +77,12 @@ class Backlog(Generic[P]):
         waiting = len(self._queue)
         return waiting > self._maximum or (self._bytes > self._maximum_bytes and waiting > 1)
 
-    def move(self) -> None:
-        """Moves a piece of what waits to the outbox, now if that is low, else when it is."""
-        if self._under_way or self.closed or not self._queue:
-            return
-        self._under_way = True
-        if self._outbox.low:
-            self._put()
-        else:
-            self._outbox.when_low(self._there_is_room)
+    def has_more(self) -> bool:
+        """See `core.piecebypiece`."""
+        return bool(self._queue)
 
-    def _put(self) -> None:
+    def take_piece(self) -> tuple[bytes, int]:
+        """See `core.piecebypiece`."""
         framing = self._outbox.framing
         frames: list[bytes] = []
         size = 0
@@ -113,17 +92,7 @@ class Backlog(Generic[P]):
             frame = piece.framed(framing)
             frames.append(frame)
             size += len(frame)
-        self._outbox.put(b"".join(frames), self, len(frames))
-
-    def left(self, events: int, size: int) -> None:
-        """The outbox gave the piece to the socket (`core.outbox.Sender`)."""
-        self.count_sent(events)
-        # Not at once: whoever waits for a low outbox already is first.
-        self._outbox.when_low(self._there_is_room)
-
-    def _there_is_room(self) -> None:
-        self._under_way = False
-        self.move()
+        return b"".join(frames), len(frames)
 
     def close(self) -> None:
         """Nothing more enters the outbox."""

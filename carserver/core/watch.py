@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from carserver.config import Settings
 from carserver.core.counters import Counters
 from carserver.core.outbox import Framing, Outbox
+from carserver.core.piecebypiece import PieceByPiece
 from carserver.core.principals import Principal
 from carserver.core.runs import Head
 from carserver.protocol.frames import notification
@@ -53,11 +54,8 @@ class Change:
         return frame
 
 
-class Watch:
+class Watch(PieceByPiece):
     """One connection's.
-
-    At most one piece of it is in the outbox, and the next enters when that is low: so it takes turns with the live
-    traces of the same connection.
 
     Args:
         outbox: Where its frames go.
@@ -73,20 +71,16 @@ class Watch:
         "_filters",
         "_maximum",
         "_maximum_bytes",
-        "_outbox",
         "_piece_bytes",
         "_principal",
         "_queue",
         "_reset",
-        "_under_way",
-        "closed",
     )
 
     def __init__(
         self, outbox: Outbox, principal: Principal, filters: RunFilters, settings: Settings, counters: Counters
     ) -> None:
-        self.closed = False
-        self._outbox = outbox
+        super().__init__(outbox)
         self._principal = principal
         self._filters = filters
         self._maximum = settings.watch_runs
@@ -96,7 +90,6 @@ class Watch:
         self._queue: OrderedDict[str, Change] = OrderedDict()
         self._bytes = 0  # of the heads in the queue, about
         self._reset = ""  # why the peer is to list again; it goes out before the queue
-        self._under_way = False  # a piece is in the outbox, or the outbox will say when it is low
 
     @property
     def waiting(self) -> int:
@@ -133,17 +126,12 @@ class Watch:
             self._reset = reason
             self._counters.watch_resets += 1
 
-    def move(self) -> None:
-        """Moves a piece of what waits to the outbox, now if that is low, else when it is."""
-        if self._under_way or self.closed or not (self._reset or self._queue):
-            return
-        self._under_way = True
-        if self._outbox.low:
-            self._put()
-        else:
-            self._outbox.when_low(self._there_is_room)
+    def has_more(self) -> bool:
+        """See `core.piecebypiece`."""
+        return bool(self._reset or self._queue)
 
-    def _put(self) -> None:
+    def take_piece(self) -> tuple[bytes, int]:
+        """See `core.piecebypiece`."""
         framing = self._outbox.framing
         piece: list[bytes] = []
         size = runs = 0
@@ -157,17 +145,11 @@ class Watch:
             piece.append(frame)
             size += len(frame)
             runs += 1
-        self._outbox.put(b"".join(piece), self, runs)
+        return b"".join(piece), runs
 
-    def left(self, events: int, size: int) -> None:
-        """The outbox gave the piece to the socket (`core.outbox.Sender`)."""
-        self._counters.watch_changes += events
-        # Not at once: whoever waits for a low outbox already is first.
-        self._outbox.when_low(self._there_is_room)
-
-    def _there_is_room(self) -> None:
-        self._under_way = False
-        self.move()
+    def count_sent(self, messages: int) -> None:
+        """See `core.piecebypiece`."""
+        self._counters.watch_changes += messages
 
     def close(self) -> None:
         """Nothing more enters the outbox."""
