@@ -272,12 +272,19 @@ def _kinds(caller: Peer, run_id: str) -> dict[str, tuple[Work, int]]:
         answer = await caller.call("tools.call", {"tool": tool, **params})
         assert answer["status"] == "succeeded", answer
 
+    async def proposed(actions: int) -> None:
+        given = [{"type": "tool_call", "tool": "echo"} for _ in range(actions)]
+        answer = await caller.call("proposal.submit", {"proposal": {"actions": given}})
+        assert {result["status"] for result in answer["results"]} == {"succeeded"}, answer
+
     return {
         "server.ping": (lambda: caller.call("server.ping"), CALLS),
         "runs.record": (lambda: caller.record(run_id, {"type": "text_delta", "text": "words"}), CALLS),
         "tools.call, hosted": (lambda: called("echo"), CALLS),
         "tools.invoke and tools.poll, hosted": (polled, CALLS),
         "tools.call, hosted, in a run": (lambda: called("echo", run_id=run_id), CALLS),
+        "proposal.submit, of one action": (lambda: proposed(1), CALLS),
+        "proposal.submit, of ten actions": (lambda: proposed(10), CALLS // 10),
         "tools.call, the command true": (lambda: called("true"), PROCESS_CALLS),
     }
 
