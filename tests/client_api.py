@@ -1,9 +1,10 @@
-"""Writes carserver/client/api.py and its synchronous twin api_sync.py from the daemon's own method table.
+"""Writes carserver/client/api and its synchronous twin api_sync from the daemon's own method table.
 
-A class for each namespace, a typed method for each method, their words from the methods' own docstrings; and which of
-them may be sent again. `scripts/docs` calls this; a test fails when they are stale.
+A module with a class for each namespace, a typed method for each method, their words from the methods' own docstrings;
+and which of them may be sent again. `scripts/docs` calls this; a test fails when they are stale.
 """
 
+import builtins
 import enum
 import inspect
 import keyword
@@ -26,7 +27,7 @@ FOLDER = ROOT / "carserver/client"
 WIDTH = 112  # of a docstring's lines: 120, less what they are indented by
 
 _ASYNC = '''\
-"""The daemon's methods, typed: a class for each namespace, made on anything that calls.
+"""The daemon's methods, typed: a class and a module for each namespace, made on anything that calls.
 
 *Generated from the daemon's method table by `scripts/docs`; do not edit.* What is left out (None, or UNSET where null
 means something) is not sent. `Any` is any JSON value, `msgspec.Raw` included. Results have JSON of any shape as
@@ -35,6 +36,12 @@ means something) is not sent. `Any` is any JSON value, `msgspec.Raw` included. R
 '''
 _SYNC = '''\
 """The daemon's methods, typed, for who has no loop: the same as `api`, each of them blocking until it is answered.
+
+*Generated from the daemon's method table by `scripts/docs`; do not edit.*
+"""
+'''
+_MODULE = '''\
+"""`{namespace}.*` of the daemon, typed{blocking}: see the package.
 
 *Generated from the daemon's method table by `scripts/docs`; do not edit.*
 """
@@ -63,10 +70,11 @@ class Imports:
         groups = (("collections.abc", "typing"), ("msgspec",))
         ours = sorted(set(self._names) - {module for group in groups for module in group})
         for group in (*groups, ours):
-            yield ""
-            for module in group:
-                if module in self._names:
-                    yield f"from {module} import {', '.join(sorted(self._names[module], key=_isort))}"
+            needed = [module for module in group if module in self._names]
+            if needed:
+                yield ""
+            for module in needed:
+                yield f"from {module} import {', '.join(sorted(self._names[module], key=_isort))}"
 
 
 def _isort(name: str) -> tuple[bool, str]:
@@ -74,22 +82,44 @@ def _isort(name: str) -> tuple[bool, str]:
     return not name.isupper(), name
 
 
-def api(*, blocking: bool) -> str:
-    """A whole file."""
+def files() -> dict[Path, str]:
+    """All that is written, by its place."""
+    found = {}
+    for blocking in (False, True):
+        package = FOLDER / ("api_sync" if blocking else "api")
+        found[package / "__init__.py"] = _package(package.name, blocking=blocking)
+        for namespace, entries in _namespaces().items():
+            found[package / f"{namespace}.py"] = _module(namespace, entries, blocking=blocking)
+    return found
+
+
+def _package(name: str, *, blocking: bool) -> str:
+    imports = Imports()
+    classes = [
+        imports.add(f"carserver.client.{name}.{namespace}", namespace.capitalize()) for namespace in _namespaces()
+    ]
+    again = ""
+    if not blocking:
+        again = f"AGAIN: {imports.add('collections.abc', 'Mapping')}[str, bool | str] = {_again()}{_AGAIN}"
+        classes.append("AGAIN")
+    listed = f"__all__ = {sorted(classes, key=_isort)!r}"
+    return _formatted("\n".join([_SYNC if blocking else _ASYNC, *imports.lines(), "", listed, "", again]))
+
+
+def _module(namespace: str, entries: list[Method], *, blocking: bool) -> str:
     imports = Imports()
     calls = imports.add("carserver.client.calls", "BlockingCalls" if blocking else "Calls")
-    body = []
-    for namespace, methods in _namespaces().items():
-        body.append(f'\nclass {namespace.capitalize()}:\n    """`{namespace}.*`."""\n')
-        body.append(f"    def __init__(self, calls: {calls}) -> None:\n        self._calls = calls\n")
-        body += [textwrap.indent(_method(entry, imports, blocking=blocking), "    ") for entry in methods]
-    again = (
-        ""
-        if blocking
-        else f"\nAGAIN: {imports.add('collections.abc', 'Mapping')}[str, bool | str] = {_again()}{_AGAIN}"
-    )
-    head = _SYNC if blocking else _ASYNC
-    return _formatted("\n".join([head + _NOQA, *imports.lines(), again, *body]))
+    body = [f'\nclass {namespace.capitalize()}:\n    """`{namespace}.*`."""\n']
+    body.append(f"    def __init__(self, calls: {calls}) -> None:\n        self._calls = calls\n")
+    body += [textwrap.indent(_method(entry, imports, blocking=blocking), "    ") for entry in entries]
+    head = _MODULE.format(namespace=namespace, blocking=", blocking" if blocking else "")
+    noqa = _NOQA if any(_shadows(entry) for entry in entries) else ""
+    return _formatted("\n".join([head + noqa, *imports.lines(), *body]))
+
+
+def _shadows(entry: Method) -> bool:
+    """Whether a param has the name of a builtin."""
+    return any(hasattr(builtins, name) for name in entry.fields or ())
 
 
 def _formatted(source: str) -> str:
@@ -232,11 +262,8 @@ def _kinds(type_: Any, imports: Imports, *, given: bool) -> Iterable[str]:
     return [type_.__name__]
 
 
-FILES = {FOLDER / "api.py": False, FOLDER / "api_sync.py": True}
-"""What is written, and whether it blocks."""
-
-
 if __name__ == "__main__":
-    for path, is_blocking in FILES.items():
-        path.write_text(api(blocking=is_blocking))
+    for path, text in files().items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
         sys.stderr.write(f"wrote {path.relative_to(Path.cwd())}\n")
