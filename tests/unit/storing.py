@@ -1,7 +1,9 @@
 """Storage for unit tests: real files, and commands as the methods would make them."""
 
+import asyncio
 import contextlib
 import sqlite3
+import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 from carserver.config import Settings
 from carserver.core.commands import Command, Complete, Create, Record, RecordTurns
 from carserver.core.counters import Counters
+from carserver.core.edits import Edit, Edited, Stored
 from carserver.core.principals import CLIENT, Principal
 from carserver.core.runs import TURN, Event, Head
 from carserver.core.turns import Turn
@@ -110,6 +113,39 @@ async def opened(path: Path, **settings: Any) -> AsyncIterator[Opened]:
         yield opened_
     finally:
         assert await store.close(within_s=CLOSE_S)
+
+
+class Held(Edit, frozen=True, kw_only=True):
+    """Changes nothing; its commit ends when it is released, so what is submitted meanwhile shares the one after it."""
+
+    begun: threading.Event
+    released: threading.Event
+
+    def edit(self, stored: Stored) -> Edited:
+        self.begun.set()
+        assert self.released.wait(CLOSE_S), "nobody released it"
+        return Edited(None)
+
+
+def held() -> Held:
+    """One that is neither begun nor released."""
+    return Held(principal=CLIENT, begun=threading.Event(), released=threading.Event())
+
+
+async def together(store: Opened, *changes: Command | Edit) -> list[Any]:
+    """What becomes of changes that share a commit; for fewer than a commit's bounds."""
+    first = held()
+    holding = asyncio.create_task(store.store.edit(first))
+    assert await asyncio.to_thread(first.begun.wait, CLOSE_S)
+    work = [asyncio.create_task(_do(store, change)) for change in changes]
+    await asyncio.sleep(0)
+    first.released.set()
+    await holding
+    return await asyncio.gather(*work, return_exceptions=True)
+
+
+async def _do(store: Opened, change: Command | Edit) -> Any:
+    return await (store.store.edit(change) if isinstance(change, Edit) else store.submit(change))
 
 
 @contextlib.contextmanager

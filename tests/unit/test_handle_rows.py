@@ -25,9 +25,8 @@ from tests.fault.flips import flip, listening
 from tests.fault.test_migration import former
 from tests.unit.editing import delete, fail, over
 from tests.unit.handling import DAY_MS, close_handle, open_handle, used
-from tests.unit.storing import NOW_MS, create, event, opened, other_connection, record, write_lock
+from tests.unit.storing import NOW_MS, create, event, opened, other_connection, record, together, write_lock
 from tests.unit.storing import Opened as Store
-from tests.unit.test_edits import together
 
 PAGE = 4096
 
@@ -133,7 +132,7 @@ async def test_an_edit_that_raises_leaves_a_head_that_was_not_flushed_as_it_was(
         await store.store.edit(open_handle("old", "run"))
         first, new, a, b, c, then, last = await together(
             store,
-            record("run", event(0)),  # it may have a commit of its own
+            record("run", event(0)),
             create("new"),
             record("run", event(1)),
             Breaking(principal=CLIENT, does=open_handle("a", "run", key=used("k")), error=ZeroDivisionError("x")),
@@ -177,12 +176,7 @@ async def test_after_a_commit_that_failed_a_handle_is_not_open_and_its_key_not_u
         await store.submit(create("run"))
         pages = store.writing.execute("PRAGMA page_count").fetchone()[0]
         store.writing.execute(f"PRAGMA max_page_count = {pages}")
-        _, failed, _ = await together(
-            store,
-            record("run", event(0)),
-            open_handle("a", "run", key=used("k")),
-            record("run", event(1, 500_000)),
-        )
+        failed, _ = await together(store, open_handle("a", "run", key=used("k")), record("run", event(0, 500_000)))
         assert isinstance(failed, RpcError)
         store.writing.execute(f"PRAGMA max_page_count = {2**30}")
         assert await store.store.edit(open_handle("b", "run", key=used("k", "b"))) == Opened("b", is_new=True)

@@ -10,15 +10,15 @@ import pytest
 
 from carserver.config import Settings
 from carserver.core.commands import Applied, Batch, Command, Create, Record
+from carserver.core.edits import Edit
 from carserver.core.principals import HOST, Principal
 from carserver.core.runs import Entry, Head
 from carserver.protocol.errors import ErrorKind, RpcError
-from carserver.protocol.runs import Recorded
 from carserver.stores import runrows, schema
 from carserver.stores.rows import read_batch, read_entries, read_head
 from carserver.stores.schema import open_writer
 from carserver.stores.writer import Job, Outcome, Writer
-from tests.unit.storing import create, event, other_connection, record, write_lock
+from tests.unit.storing import create, event, held, other_connection, record, write_lock
 
 COMMIT_S = 20.0
 NOBODY: Any = None  # the writer only carries the future, it never touches it
@@ -38,7 +38,7 @@ class Driven:
     def _deliver(self, outcomes: Sequence[Outcome]) -> None:
         self.commits.put(list(outcomes))
 
-    def put(self, *commands: Command) -> None:
+    def put(self, *commands: Command | Edit) -> None:
         for command in commands:
             self.writer.put(Job(NOBODY, command, None))
 
@@ -257,24 +257,23 @@ def test_a_full_disk_refuses_all_of_the_commit_reads_go_on_and_room_is_enough_to
     driven.one(create("run"))
     driven.one(record("run", event(0)))
     before = fill(driven.connection)
-    with write_lock(driven.path):  # so that these share a transaction, whichever of them is the first
-        driven.put(record("run", event(1)), create("other"), record("run", event(2, 100_000)), record("run", event(3)))
-    results: list[Applied | Exception] = []
-    while len(results) < 4:
-        results += driven.commit()
-    failed = [result for result in results if isinstance(result, RpcError)]
-    assert len(failed) >= 3  # the first may have been committed before the others came
+    first = held()
+    driven.put(first)
+    assert first.begun.wait(COMMIT_S)
+    driven.put(record("run", event(1)), create("other"), record("run", event(2, 100_000)), record("run", event(3)))
+    first.released.set()
+    driven.commit()
+    failed = [refused(result) for result in driven.commit()]
+    assert len(failed) == 4
     for refusal in failed:
         assert refusal.kind is ErrorKind.UNAVAILABLE
         assert refusal.data == {"outcome": "not_done"}
         assert "full" in refusal.message
-    acknowledged = [result.answer for result in results if isinstance(result, Applied)]
-    stored = 1 + sum(isinstance(answer, Recorded) for answer in acknowledged)
-    assert len(driven.events("run")) == stored
-    assert (driven.head("other") is not None) == any(not isinstance(answer, Recorded) for answer in acknowledged)
+    assert len(driven.events("run")) == 1
+    assert driven.head("other") is None
 
     driven.connection.execute(f"PRAGMA max_page_count = {before}")
-    assert driven.one(record("run", event(9, 100_000))).first_sequence == stored  # the failed ones moved no head
+    assert driven.one(record("run", event(9, 100_000))).first_sequence == 1  # the failed ones moved no head
     assert driven.problem() is None
     driven.one(create("other"))
 
