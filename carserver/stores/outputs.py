@@ -19,7 +19,7 @@ from carserver.core.ports import Damaged
 from carserver.core.principals import HOST, Principal
 from carserver.protocol.codec import encode
 from carserver.protocol.outputs import Artifact, Inline, LatestOutput, ListOutputs, OutputEvent, OutputRecord
-from carserver.stores.lookups import check_neighbours
+from carserver.stores.lookups import find_by_index
 from carserver.stores.schema import row_checksum
 
 _COLUMNS = (
@@ -167,9 +167,8 @@ def _is_value(value: Any, stored: int | None, size: int, inline_bytes: int | Non
 
 def read_output(connection: sqlite3.Connection, output_id: str, to: Principal) -> Output | None:
     """The output of this id; None if there is none that `to` sees."""
-    row = connection.execute(f"{_WHOLE} WHERE id = ?", (output_id,)).fetchone()
+    row = find_by_index(connection, f"{_WHOLE} WHERE id = ?", "sqlite_autoindex_outputs_1", (output_id,))
     if row is None:
-        check_neighbours(connection, "sqlite_autoindex_outputs_1", (output_id,))
         return None
     output = output_of(row)
     if output.record.id != output_id:
@@ -179,11 +178,8 @@ def read_output(connection: sqlite3.Connection, output_id: str, to: Principal) -
 
 def read_keyed(connection: sqlite3.Connection, owner: str, key: str) -> Output | None:
     """What `owner` appended with this idempotency key; None if nothing."""
-    row = connection.execute(f"{_WHOLE} WHERE owner = ? AND key = ?", (owner, key)).fetchone()
-    if row is None:
-        check_neighbours(connection, "outputs_by_key", (owner, key))
-        return None
-    return output_of(row)
+    row = find_by_index(connection, f"{_WHOLE} WHERE owner = ? AND key = ?", "outputs_by_key", (owner, key))
+    return None if row is None else output_of(row)
 
 
 def read_latest(connection: sqlite3.Connection, filters: LatestOutput, to: Principal) -> Output | None:

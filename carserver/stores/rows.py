@@ -14,7 +14,7 @@ from carserver.core.commands import Batch
 from carserver.core.ports import Damaged, Deleted, Place, Scan
 from carserver.core.runs import Entry, Head, LiveRun
 from carserver.protocol.runs import LIVE, STATUSES, ListRuns, Recorded, Snapshot
-from carserver.stores.lookups import check_neighbours, find_row
+from carserver.stores.lookups import find_by_index, find_row
 from carserver.stores.schema import SEQUENCE_BITS, row_checksum
 
 RUN_COLUMNS = (
@@ -157,9 +157,8 @@ def head_from(values: Sequence[Any], texts: Sequence[Any]) -> Head:
 
 def read_head(connection: sqlite3.Connection, run_id: str) -> Head | None:
     """The head of a run; None if there is none."""
-    row = connection.execute(f"{_HEADS} WHERE id = ?", (run_id,)).fetchone()
+    row = find_by_index(connection, f"{_HEADS} WHERE id = ?", "sqlite_autoindex_runs_1", (run_id,))
     if row is None:
-        check_neighbours(connection, "sqlite_autoindex_runs_1", (run_id,))
         return None
     head = head_of(row)
     if head.run.id != run_id:

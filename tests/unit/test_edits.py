@@ -13,7 +13,7 @@ from carserver.config import Settings
 from carserver.core.counters import Counters
 from carserver.core.edits import Edit, Edited, Stored
 from carserver.core.outputs import Output
-from carserver.core.ports import Criteria, Done, RunLog
+from carserver.core.ports import Criteria, Damaged, Done, RunLog
 from carserver.core.principals import CLIENT, HOST, Principal
 from carserver.core.prune import Pruner, PruneRuns
 from carserver.core.runs import Head
@@ -324,25 +324,41 @@ def test_the_place_before_all_is_before_a_run_that_ended_at_no_time() -> None:
     assert BEFORE_ALL < (0, 0)
 
 
-async def test_a_run_that_goes_while_the_one_beside_it_is_looked_for_is_no_damage(path: Path) -> None:
+async def test_a_run_that_goes_or_comes_while_it_is_looked_for_is_no_damage(path: Path) -> None:
     async with opened(path) as store:
         for run_id in ("a", "c"):
             await over(store, run_id)
-        with other_connection(path) as connection:
-            assert read_head(cast("sqlite3.Connection", Meanwhile(connection)), "b") is None
+        with other_connection(path) as connection, other_connection(path) as meanwhile:
+            goes = Meanwhile(connection, meanwhile, "DELETE FROM runs WHERE id IN ('a', 'c')")
+            assert read_head(cast("sqlite3.Connection", goes), "b") is None
+            assert not connection.in_transaction
+        await over(store, "d")
+        with other_connection(path) as connection, other_connection(path) as meanwhile:
+            comes = Meanwhile(connection, meanwhile, "UPDATE runs SET id = 'b' WHERE id = 'd'")
+            with pytest.raises(Damaged, match="its row is damaged"):  # it is found, and is not what was stored
+                read_head(cast("sqlite3.Connection", comes), "b")
+            assert not connection.in_transaction
 
 
 class Meanwhile:
-    """A connection; when it has found anything, somebody deletes all runs."""
+    """A connection; after its first statement, and each one that finds anything, somebody else does something."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, other: sqlite3.Connection, does: str) -> None:
         self._connection = connection
+        self._other = other
+        self._does = does
+        self._first = True
 
     def execute(self, *query: Any) -> Any:
         found = self._connection.execute(*query).fetchall()
-        if found:
-            self._connection.execute("DELETE FROM runs")
-        return Mock(fetchone=lambda: found[0] if found else None)
+        if found or self._first:
+            self._first = False
+            self._other.execute(self._does)
+        return Mock(fetchone=lambda: found[0] if found else None, fetchall=lambda: found)
+
+    @property
+    def in_transaction(self) -> bool:
+        return self._connection.in_transaction
 
 
 # Importing.

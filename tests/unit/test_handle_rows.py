@@ -2,9 +2,8 @@
 
 import asyncio
 import contextlib
-import random
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from tests.unit.storing import NOW_MS, create, event, opened, other_connection, 
 from tests.unit.storing import Opened as Store
 
 PAGE = 4096
+SMALLEST_PAGE = 512
 
 
 @pytest.fixture
@@ -280,38 +280,62 @@ async def test_a_key_that_a_damaged_row_may_hide_runs_nothing(path: Path, damage
         inspect(path, 2**30, thorough=False)
 
 
-def test_a_flipped_bit_anywhere_in_the_rows_of_keys_never_makes_a_key_free(path: Path) -> None:
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    chance = random.Random(seed)
-    with rows(path) as handles:
-        for number in range(300):  # several pages, and one above them
-            handles.use_key(used(f"key-{number}", f"h{number}"))
-    content = path.read_bytes()
-    places = [content.index(f"key-{number}".encode()) for number in (7, 123, 299)]
-    bits = [8 * place + bit for place in places for bit in range(-80, 160)]
-    bits += [chance.randrange(8 * len(content)) for _ in range(300)]
-    found = 0
-    for bit in bits:
-        changed = bytearray(content)
-        changed[bit // 8] ^= 1 << bit % 8
-        for number in (7, 123, 299):
-            found += _found_or_damaged(bytes(changed), f"key-{number}", f"h{number}")
-    assert found > len(bits)
+def test_a_flipped_bit_in_the_rows_of_keys_makes_no_key_free_and_one_in_their_tree_seldom(tmp_path: Path) -> None:
+    content = _small_tree(tmp_path / "keys.db", keys=40)
+    types = [content[page] for page in range(0, len(content), SMALLEST_PAGE)][1:]
+    assert types == [2, 10, 10, 10, 10, 10], "a root and five leaves"
+    values = _values_of(content, keys=40)
+    sought = (3, 17, 20, 38, 39)  # of one leaf, of another, of the root, of the end
+    hidden = [
+        bit // 8
+        for bit in range(100 * 8, 8 * len(content))  # behind the file's own header
+        for _ in _not_found(_flipped(content, bit), sought)
+    ]
+    assert [place for place in hidden if place in values] == []
+    assert len(hidden) * 2_000 < 8 * len(content) * len(sought)
 
 
-def _found_or_damaged(content: bytes, key: str, handle: str) -> bool:
+def _small_tree(path: Path, keys: int) -> bytes:
+    """The file of a database with these keys alone, on pages as small as there are."""
+    with rows(path.with_name("whole.db")) as whole:
+        (table,) = whole._connection.execute("SELECT sql FROM sqlite_master WHERE name = 'tool_keys'").fetchone()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute(f"PRAGMA page_size = {SMALLEST_PAGE}")
+        connection.execute(table)
+        for number in range(keys):
+            HandleRows(connection).use_key(used(f"key-{number:03}", f"h{number}"))
+    return path.read_bytes()
+
+
+def _values_of(content: bytes, keys: int) -> set[int]:
+    """The places of the bytes that are values of rows, not of the tree; without the checksums, which end the rows."""
+    places: set[int] = set()
+    for number in range(keys):
+        start = content.index(f"clienttools.invokekey-{number:03}".encode())
+        end = content.index(f"h{number}".encode(), start) + len(f"h{number}")
+        places.update(range(start, end))
+    return places
+
+
+def _flipped(content: bytes, bit: int) -> bytes:
     changed = bytearray(content)
-    changed[18:20] = b"\x01\x01"  # it is no file: there can be no write-ahead log
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def _not_found(content: bytes, numbers: Sequence[int]) -> Iterator[str]:
+    """The keys that seem to be free."""
     with contextlib.closing(sqlite3.connect(":memory:")) as connection:
-        try:
-            connection.deserialize(bytes(changed))
-            there = HandleRows(connection).used_key("client", "tools.invoke", key)
-        except (Damaged, *Unreadable):
-            return False
-    assert there is not None
-    assert (there.handle, there.digest) == (handle, b"said")
-    return True
+        connection.deserialize(content)
+        for number in numbers:
+            try:
+                there = HandleRows(connection).used_key("client", "tools.invoke", f"key-{number:03}")
+            except (Damaged, *Unreadable):
+                continue
+            if there is None:
+                yield f"key-{number:03}"
+            else:
+                assert (there.handle, there.digest) == (f"h{number}", b"said")
 
 
 def _breaks_head(connection: sqlite3.Connection) -> None:
