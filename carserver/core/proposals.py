@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from typing import NamedTuple
 
-from msgspec import UNSET
+from msgspec import UNSET, Raw
 
 from carserver.config import Settings
 from carserver.protocol.codec import check_name
@@ -24,6 +24,7 @@ from carserver.protocol.proposals import (
 RETRIES = 3
 """Tries after the first one where an action does not say how many (the client's documents)."""
 _ID_CHARS = 12  # of an id that is made up, hexadecimal (the same)
+_NOTHING = (UNSET, Raw(b"null"))
 _SHOWN = 8  # actions of a circle that its message names
 
 
@@ -113,7 +114,7 @@ def _action(id_: str, given: GivenAction, places: dict[str, int], at: str, setti
     return Action(
         id=id_,
         tool=given.tool,
-        parameters=b"{}" if given.parameters is UNSET else bytes(given.parameters),
+        parameters=b"{}" if given.parameters in _NOTHING else bytes(given.parameters),
         dependencies=_dependencies(id_, given.dependencies or [], places, f"{at}.dependencies", settings),
         timeout_ms=given.timeout_ms,
         retries=RETRIES if given.max_retries is None else given.max_retries,

@@ -33,7 +33,8 @@ def planned(*actions: dict[str, Any], **members: Any) -> Any:
 def test_what_an_action_does_not_say_is_as_the_documents_of_the_client_have_it() -> None:
     (one,) = planned({"type": "tool_call", "tool": "grep"}).actions
     assert one == Action("000000000000", "grep", b"{}", (), None, RETRIES, FailureBehavior.ABORT, False)
-    nulls = dict.fromkeys(("id", "timeout_ms", "max_retries", "failure_behavior", "invocation_mode", "dependencies"))
+    names = ("id", "parameters", "timeout_ms", "max_retries", "failure_behavior", "invocation_mode", "dependencies")
+    nulls = dict.fromkeys(names)
     assert planned({"type": "tool_call", "tool": "grep", "idempotent": True, **nulls}).actions == [one]
     assert planned().id == "000000000000"
     assert planned(id="p").id == "p"
