@@ -23,7 +23,8 @@ _STILL = "▸"  # the same, where nothing moves
 _BAR_CELLS = 16
 _TITLE_CHARACTERS = 40
 _BESIDE_COLUMNS = 120  # from here on the text stands beside the tree
-_NARROW_COLUMNS = 60  # below, a line has its name and its time
+_SEPARATORS = 7  # cells of a tool's line, around what it was given and what came of it
+_NARROW_COLUMNS = 60  # below, a line has its name and its time, and why it failed
 _ID_COLUMNS = 76  # from here on there is room for the run's id
 _TREE_COLUMNS = 110  # a wider tree is hard to read across
 _RULES_LINES = 12  # from here on there is room for rules, and for the goal
@@ -226,17 +227,24 @@ def line_of(line: Line, width: int, now_ms: int, over: bool, *, still: bool = Fa
         left.append(f" (the latest of {node.events:,})", "dim")
     if node.remark:
         left.append(f"  {visible(clipped(node.remark, width))}", "red" if node.state is State.FAILED else "")
-    detail = node.detail or arguments(node.input)
-    if detail:
-        left.append(f"  {visible(clipped(detail, width))}", "dim" if node.kind in _DIM else "")
+    measures = _measures(node, width, now_ms, over)
+    said = node.output.rstrip().replace("\r", "\n").rpartition("\n")[2].replace("\t", " ").strip()  # \r: progress
+    failed = node.state is State.FAILED
+    came_to = Text(visible(clipped(said, width)) if wide or failed else "", "red" if failed else "dim")
+    if detail := node.detail or arguments(node.input):
+        given = Text(visible(clipped(detail, width)), "dim" if node.kind in _DIM else "")
+        if came_to:  # that, above all why it failed, is not pushed out by what it was given
+            room = width - left.cell_len - measures.cell_len - came_to.cell_len - _SEPARATORS
+            room = max(room, width // 3) if wide else room
+            given.truncate(max(room, 0), overflow="ellipsis" if room > 1 else "crop")
+        left.append_text(given and Text("  ").append_text(given))
     if node.exit_code:
         left.append(f"  exit code {visible(clipped(str(node.exit_code), 12))}", "red")
-    said = node.output.rstrip().replace("\r", "\n").rpartition("\n")[2].replace("\t", " ").strip()  # \r: progress
-    if said and wide:
-        left.append(f"  → {visible(clipped(said, width))}", "red" if node.state is State.FAILED else "dim")
+    if came_to:
+        left.append("  → ", came_to.style).append_text(came_to)
     if node.cut and wide:
         left.append("  (more was not recorded)", "dim")
-    return fit(left, _measures(node, width, now_ms, over), width)
+    return fit(left, measures, width)
 
 
 def _measures(node: Node, width: int, now_ms: int, over: bool) -> Text:

@@ -253,6 +253,22 @@ def test_what_the_daemon_records_of_its_tools_is_told_once_and_in_words() -> Non
     assert tail.startswith("✗ tail  → cancelled by host  (more was not recorded)")
 
 
+@pytest.mark.parametrize("width", [24, 40, 80, 120])
+def test_why_a_tool_failed_is_seen_however_much_it_was_given(width: int) -> None:
+    given = {"content": "line\n" * 100, "path": "/tmp/x"}
+    model = model_of(
+        [
+            {"type": "tool_start", "id": "h1", "name": "write", "args": given},
+            {"type": "tool_end", "id": "h1", "name": "write", "error": "disk full"},
+        ]
+    )
+    (node,) = model.tree.root.children
+    (line,) = plain([line_of(Line(0, node, node.folded), width, 0, True)])
+    assert line.startswith("✗ write")
+    assert "→ d" in line
+    assert width < 40 or "→ disk full " in line
+
+
 def test_the_record_of_a_long_run_is_short_and_says_what_it_leaves_out() -> None:
     events: list[Event] = []
     for n in range(3_000):
