@@ -408,6 +408,7 @@ async def test_actions_are_part_of_the_run_that_the_connection_has_started_until
         with pytest.raises(Refused) as refused:
             await submitted(own, action("never"))
         assert refused.value.data["reason"] == "run_terminal"
+        assert "runs.start begins another one, runs.resume goes on with one" in str(refused.value)
 
         run_id = (await own.call("runs.start", {"intent": "test", "agent_id": "a"}))["run_id"]
         outcome = {

@@ -48,7 +48,8 @@ async def submit(session: Session, params: SubmitProposal) -> Encoded[ProposalRe
     """
     proposals, run_id = session.services.proposals, session.current_run
     if run_id is not None and not session.services.runs.attendance.is_live(run_id):
-        raise conflict("run_terminal", f"run {run_id!r} is over: no tool starts in it; start or resume another one")
+        words = "no tool starts in it; runs.start begins another one, runs.resume goes on with one that was interrupted"
+        raise conflict("run_terminal", f"run {run_id!r} is over: {words}")
     submitted = proposals.submit(params.proposal, session.acting, session, run_id)
     del params  # as large as a message, perhaps: not to be kept until the end
     return Encoded(await submitted)
