@@ -86,8 +86,10 @@ class Execution(Protocol):
 class ToolHost(Protocol):
     """Runs tools."""
 
-    def refuses(self, call: Call) -> RpcError | None:
+    def refuses(self, call: Call, *, admitted: bool = False) -> RpcError | None:
         """Why it cannot take this one; None if it can. Asked before anything starts.
+
+        `admitted`: it was asked before, and what has to be durable is by now. Then a host that can let it wait does.
 
         `overloaded` where it may later, `unavailable` where its host is gone, `limit_exceeded` or `invalid_params`
         where the arguments are at fault.

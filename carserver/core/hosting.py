@@ -41,6 +41,7 @@ class Hosting:
         self._settings = settings
         self._closed = False
         self._open: dict[str, _Request] = {}
+        self._unasked: deque[_Request] = deque()  # that were taken, until the outbox has room for them
         self._untold: deque[_Request] = deque()  # that are to stop, until the outbox has room to say so
         self._told_when_low = False  # the outbox will call
 
@@ -51,35 +52,41 @@ class Hosting:
 
     # core.execution.ToolHost.
 
-    def refuses(self, call: Call) -> RpcError | None:
-        """Why the host cannot be asked."""
-        return self._refusal(call.tool, len(self._frame(call, b"{}")) - 2 + len(call.parameters))
+    def refuses(self, call: Call, *, admitted: bool = False) -> RpcError | None:
+        """Why the host cannot be asked; one that is admitted waits for room."""
+        size = len(self._frame(call, b"{}")) - 2 + len(call.parameters)
+        return self._impediment(call.tool, size) or (None if admitted else self._want_of_room(call.tool, size))
 
     def start(self, call: Call, feed: Feed) -> "_Request":
-        """Asks the host; an error, where it cannot be asked any more."""
+        """Asks the host, as soon as there is room; an error, where it cannot be asked any more."""
         asked = _Request(self, call.request_id, call.action_id, feed)
         frame = self._frame(call, call.parameters)
-        refusal = self._refusal(call.tool, len(frame))
-        if refusal is None:
+        impediment = self._impediment(call.tool, len(frame))
+        if impediment is None:
             self._open[call.request_id] = asked
-            self._outbox.send(frame)
+            asked.frame = frame
+            self._unasked.append(asked)
+            self._tell()
         else:
-            feed.take(ErrorChunk(message=f"cannot start: {refusal.message}"))
+            feed.take(ErrorChunk(message=f"cannot start: {impediment.message}"))
             feed.gone()
         return asked
 
-    def _refusal(self, tool: str, size: int) -> RpcError | None:
-        settings = self._settings
+    def _impediment(self, tool: str, size: int) -> RpcError | None:
+        """What does not pass."""
         if self._closed or self._outbox.sealed:
             return unavailable(f"tool {tool!r}: {_NOT_ANY_MORE}")
-        if size > settings.frame_bytes:
-            return limit_exceeded("frame_bytes", size, settings.frame_bytes, "parameters")
-        if len(self._open) >= settings.handles:
+        if size > self._settings.frame_bytes:
+            return limit_exceeded("frame_bytes", size, self._settings.frame_bytes, "parameters")
+        if len(self._open) >= self._settings.handles:
             words = f"tool {tool!r}: its host has {len(self._open)} requests to answer already (handles)"
-            return overloaded(words, settings.retry_after_ms)
-        if self._untold or not self._outbox.has_room(size):
+            return overloaded(words, self._settings.retry_after_ms)
+        return None
+
+    def _want_of_room(self, tool: str, size: int) -> RpcError | None:
+        if self._untold or self._unasked or not self._outbox.has_room(size):
             words = f"tool {tool!r}: its host reads too slowly, {self._outbox.size} bytes wait for it (outbox_bytes)"
-            return overloaded(words, settings.retry_after_ms)
+            return overloaded(words, self._settings.retry_after_ms)
         return None
 
     def _frame(self, call: Call, parameters: bytes) -> bytes:
@@ -142,6 +149,9 @@ class Hosting:
         What runs is told to stop, where there is somebody to tell; what becomes of it will not be known.
         """
         self._closed = True
+        for asked in [one for one in self._unasked if one.frame]:
+            asked.feed.close(why)
+            self._call_off(asked)
         for asked in list(self._open.values()):
             self.stop(asked, why)
             self._forget(asked)
@@ -154,10 +164,19 @@ class Hosting:
         """Tells the host, as soon as there is room, and gives it time to answer; nothing, if that is so already."""
         if asked.timer is not None or asked.request_id not in self._open:
             return
+        if asked.frame:
+            self._call_off(asked)
+            return
         asked.reason = reason
         self._untold.append(asked)
         self._tell()
         self._expect_answer(asked)
+
+    def _call_off(self, asked: "_Request") -> None:
+        """The host was never asked."""
+        asked.frame = b""
+        self._forget(asked)
+        asked.feed.gone()
 
     def _tell(self) -> None:
         """No new request is sent before all stops are, so they are never more than requests that may wait."""
@@ -171,6 +190,15 @@ class Hosting:
                     return
                 self._outbox.send(frame)
             self._untold.popleft()
+        while self._unasked:
+            asked = self._unasked[0]
+            if asked.frame:
+                if not self._outbox.has_room(len(asked.frame)):
+                    self._tell_when_low()
+                    return
+                self._outbox.send(asked.frame)
+                asked.frame = b""
+            self._unasked.popleft()
 
     def _tell_when_low(self) -> None:
         if not self._told_when_low:
@@ -200,13 +228,14 @@ class Hosting:
 class _Request:
     """A request that was sent; implements `core.execution.Execution`."""
 
-    __slots__ = ("_hosting", "action_id", "answered", "feed", "reason", "request_id", "timer")
+    __slots__ = ("_hosting", "action_id", "answered", "feed", "frame", "reason", "request_id", "timer")
 
     def __init__(self, hosting: Hosting, request_id: str, action_id: str, feed: Feed) -> None:
         self._hosting = hosting
         self.request_id = request_id
         self.action_id = action_id
         self.feed = feed
+        self.frame = b""  # until it is sent
         self.answered = False
         self.reason = ""  # why it is to stop
         self.timer: Timer | None = None  # of its answer, once it has ended or is to

@@ -80,7 +80,7 @@ class Life:
         if self._called_off is not None:
             self.cancel(self._called_off)
             return
-        refusal = host.refuses(call)
+        refusal = host.refuses(call, admitted=True)
         if refusal is not None:
             self.fail(f"cannot start: {refusal.message}")
             return

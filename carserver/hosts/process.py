@@ -44,7 +44,7 @@ class ProcessTool:
         self._spec = spec
         self._processes = processes
 
-    def refuses(self, call: Call) -> RpcError | None:
+    def refuses(self, call: Call, *, admitted: bool = False) -> RpcError | None:
         try:
             self._spec.argv(call.parameters)
         except BadArgument as error:

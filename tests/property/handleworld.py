@@ -283,7 +283,7 @@ class ToolHostOfTests:
         self.refusal: RpcError | None = None
         self.executions: list[Execution] = []
 
-    def refuses(self, call: Call) -> RpcError | None:
+    def refuses(self, call: Call, *, admitted: bool = False) -> RpcError | None:
         return self.refusal
 
     def start(self, call: Call, feed: Feed) -> Execution:

@@ -105,7 +105,7 @@ class World:
 
     # ToolHost and Execution.
 
-    def refuses(self, call: Call) -> RpcError | None:
+    def refuses(self, call: Call, *, admitted: bool = False) -> RpcError | None:
         return None
 
     def start(self, call: Call, feed: Feed) -> Execution:

@@ -16,7 +16,7 @@ from msgspec import Raw
 
 from carserver.config import Settings
 from carserver.core.actionturns import ActionTurns
-from carserver.core.execution import TerminalError
+from carserver.core.execution import Call, TerminalError
 from carserver.core.ports import Committed
 from carserver.core.principals import CLIENT
 from carserver.core.proposals import Action, Happened, Plan, Progress, plan
@@ -150,7 +150,11 @@ class Submitted:
     def has_room_for(self, count: int) -> None:
         """From now on the host refuses what is more than so many at once."""
         host, full = self.world.host, overloaded("no room", 1)
-        host.refuses = lambda call: full if len(self.running()) >= count else None  # type: ignore[method-assign]
+
+        def refuses(call: Call, *, admitted: bool = False) -> RpcError | None:
+            return full if len(self.running()) >= count else None
+
+        host.refuses = refuses  # type: ignore[method-assign]
 
     def stores(self) -> None:
         """Storage acknowledges all that waits for it."""

@@ -234,6 +234,22 @@ def refused(host: Host, words: str, kind: ErrorKind = ErrorKind.OVERLOADED, **me
     assert (host.outbox.size, host.hosting.asked) == before
 
 
+def without_room(host: Host) -> None:
+    """It says so when it is asked; what it was asked before that waits, and nothing of it lives when it is stopped."""
+    asked = call("rx")
+    why = host.hosting.refuses(asked)
+    assert why is not None
+    assert why.kind is ErrorKind.OVERLOADED
+    assert "reads too slowly" in why.message
+    assert host.hosting.refuses(asked, admitted=True) is None
+    before, feed = (host.outbox.size, host.hosting.asked), Feed()
+    feed.execution = host.hosting.start(asked, feed)
+    assert (feed.said, feed.ends, host.outbox.size) == ([], [], before[0])
+    feed.stop("not wanted any more")
+    assert (feed.said, feed.ends) == ([], ["gone"])
+    assert (host.outbox.size, host.hosting.asked) == before
+
+
 def test_a_call_that_makes_too_large_a_frame_is_refused_and_the_largest_that_fits_is_sent() -> None:
     host = Host(Settings(frame_bytes=1_000))
     host.hosting.start(call(), Feed())
@@ -247,9 +263,38 @@ def test_a_call_that_makes_too_large_a_frame_is_refused_and_the_largest_that_fit
 
 def test_a_host_that_does_not_read_is_refused_and_one_that_has_read_is_asked_again(host: Host) -> None:
     host.outbox.send(b"x" * (LIMIT - 10))
-    refused(host, "reads too slowly")
+    without_room(host)
     host.outbox.take(1)
     assert host.hosting.refuses(call()) is None
+
+
+def test_calls_that_were_admitted_before_there_was_no_room_are_sent_in_their_order_as_it_comes(host: Host) -> None:
+    host.outbox.send(b'"%b"' % (b"x" * LIMIT))
+    calls = [call(f"r{number}", parameters=b'{"x":"%b"}' % (b"y" * 1_000)) for number in range(4)]
+    feeds = [Feed() for _ in calls]
+    for asked, feed in zip(calls, feeds, strict=True):
+        feed.execution = host.hosting.start(asked, feed)
+    assert host.outbox.size == LIMIT + 2, "they wait outside"
+    feeds[1].stop("not wanted any more")
+    assert [frame["id"] for frame in sent(host.outbox)[1:]] == ["r0", "r2", "r3"]
+    assert [feed.ends for feed in feeds] == [[], ["gone"], [], []]
+    assert host.hosting.refuses(call("r4")) is None
+    host.hosting.answered("r2", None, None)
+    assert (feeds[2].said, feeds[2].ends) == ([GivenDone()], ["gone"])
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_call_that_waits_for_room_when_its_host_hosts_no_more_was_never_made(host: Host, is_there: bool) -> None:
+    running, feed = host.start("r1"), Feed()
+    for size in (LIMIT - 600, 600):
+        host.outbox.send(b'"%b"' % (b"x" * size))
+    feed.execution = host.hosting.start(call("r2"), feed)
+    host.outbox.take(1)  # there is room again, and nobody was told yet
+    if not is_there:
+        host.outbox.discard()
+    host.hosting.close(GONE)
+    assert (feed.said, feed.ends, running.ends, host.hosting.asked) == ([GONE], ["gone"], ["survives"], 0)
+    assert sent(host.outbox)[1:] == ([cancelled("r1", GONE)] if is_there else [])
 
 
 def test_a_host_has_so_many_calls_and_no_more_until_it_answers_one() -> None:
@@ -281,7 +326,7 @@ def test_stops_wait_for_room_in_their_order_and_until_then_nothing_is_started(ho
     host.hosting.answered("r0", None, None)
     host.outbox.take(1)
     assert host.outbox.size <= LIMIT
-    refused(host, "reads too slowly")
+    without_room(host)
     told = sent(host.outbox)
     assert told == [cancelled(f"r{n}", "w" * 300) for n in range(20) if n not in (0, 3)]
     assert host.hosting.refuses(call()) is None
@@ -294,7 +339,7 @@ def test_a_small_call_does_not_slip_in_before_a_large_stop_that_waits(host: Host
     host.outbox.send(b'"%b"' % (b"x" * (LIMIT - 500)))
     assert host.hosting.refuses(call()) is None
     feed.stop("w" * 500)
-    refused(host, "reads too slowly")
+    without_room(host)
     assert sent(host.outbox)[1:] == [cancelled("r1", "w" * 500)]
     assert host.hosting.refuses(call()) is None
 

@@ -21,7 +21,7 @@ class Host:
     def __len__(self) -> int:
         return 0
 
-    def refuses(self, call: Call) -> RpcError | None:
+    def refuses(self, call: Call, *, admitted: bool = False) -> RpcError | None:
         return None
 
     def start(self, call: Call, feed: Feed) -> Execution:

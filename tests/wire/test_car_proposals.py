@@ -437,3 +437,16 @@ async def test_what_the_client_sent_is_answered_with_what_it_took(daemon: Daemon
         (result,) = (await answer)["results"]
         assert {"action_id", "status", "output", "state_changes", "timestamp"} <= result.keys()
         assert json.dumps(result["output"]) == '{"echo": {"q": 1}}'
+
+
+@pytest.mark.parametrize("in_run", [False, True])
+async def test_parameters_that_are_more_than_an_outbox_are_sent_as_the_host_reads(daemon: Daemon, in_run: bool) -> None:
+    async with shaken(daemon) as (own, host):
+        if in_run:
+            await own.call("runs.start", {"intent": "test", "agent_id": "a"})
+        ids = [f"a{number}" for number in range(6)]
+        answer = submitted(own, *(action(id_, parameters={"x": "y" * 600_000}) for id_ in ids))
+        for _ in ids:
+            asked = await host.asked()
+            await asked.answer(asked.params["action_id"])
+        assert came_to(await answer) == {id_: ("succeeded", id_) for id_ in ids}
