@@ -1,5 +1,6 @@
 """A session: what the daemon knows of one peer while its connection lives. No transport is named here."""
 
+from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
@@ -28,6 +29,8 @@ from carserver.protocol.handshake import ServerSchema
 from carserver.protocol.runs import WatchReset
 from carserver.protocol.server import BackedUp, ServerStatus
 from carserver.rpc.method import Table
+
+_OUTER_RUNS = 64  # of one connection, within which others were started
 
 Callback = Callable[[bool], None]
 """What is to happen once a reply is queued; it is told whether that says what the method answered."""
@@ -166,6 +169,7 @@ class Session:
         self.host_events: Follower | None = None
         self.halted: str | None = None  # what failed for good: no more proposals, until the peer reconnects
         self.current_run: str | None = None  # in the CAR dialect: the run that its proposals are part of
+        self._outer_runs: deque[str] = deque(maxlen=_OUTER_RUNS)  # those that were it before, and may be again
 
     @property
     def acting(self) -> Principal:
@@ -182,8 +186,20 @@ class Session:
         """Its proposals are part of that run from now on, unless it has come to act as somebody else meanwhile."""
         if self.principal != principal:
             return False
+        if self.current_run not in (None, run_id):
+            self._outer_runs.append(self.current_run)
         self.current_run = run_id
         return True
+
+    def work_no_more_in(self, run_id: str) -> None:
+        """That run is complete: its proposals are part of the run before it, where that goes on, else of none."""
+        if self.current_run != run_id:
+            return
+        is_live = self.services.runs.attendance.is_live
+        self.current_run = None
+        while self._outer_runs and self.current_run is None:
+            outer = self._outer_runs.pop()
+            self.current_run = outer if is_live(outer) else None
 
     def host_tools(self) -> Hosting:
         """What runs the tools that it hosts."""
@@ -219,6 +235,7 @@ class Session:
         self._host_no_more(reason)
         self._leave_seat(reason)
         self.current_run = None
+        self._outer_runs.clear()
         self.services.tools.callers.leave(self)
 
     def _host_no_more(self, reason: str) -> None:

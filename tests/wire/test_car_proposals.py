@@ -450,3 +450,32 @@ async def test_parameters_that_are_more_than_an_outbox_are_sent_as_the_host_read
             asked = await host.asked()
             await asked.answer(asked.params["action_id"])
         assert came_to(await answer) == {id_: ("succeeded", id_) for id_ in ids}
+
+
+async def test_a_run_within_another_is_the_proposals_run_until_it_is_complete_and_then_the_outer_one_is(
+    daemon: Daemon,
+) -> None:
+    async with shaken(daemon) as (own, host):
+
+        async def run_of_a_proposal() -> str | None:
+            answer = submitted(own, action("a"))
+            asked = await host.asked()
+            await asked.answer()
+            await answer
+            run_id: str | None = asked.params.get("run_id")
+            return run_id
+
+        async def started() -> str:
+            run_id: str = (await own.call("runs.start", {"intent": "test", "agent_id": "a"}))["run_id"]
+            return run_id
+
+        async def complete(run_id: str) -> None:
+            await own.call("runs.complete", {"run_id": run_id, "outcome": {"status": "success"}})
+
+        outer, over, inner = await started(), await started(), await started()
+        assert await run_of_a_proposal() == inner
+        await own.call("runs.fail", {"run_id": over, "error": "it is of no use"})
+        await complete(inner)
+        assert await run_of_a_proposal() == outer
+        await complete(outer)
+        assert await run_of_a_proposal() is None

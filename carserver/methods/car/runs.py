@@ -177,8 +177,8 @@ async def complete(session: Session, params: carruns.CompleteRun) -> Completed:
     try:
         await runs.change(command, session)
     finally:
-        if session.current_run == params.run_id and not runs.attendance.is_live(params.run_id):
-            session.current_run = None
+        if not runs.attendance.is_live(params.run_id):
+            session.work_no_more_in(params.run_id)
     return Completed(run_id=params.run_id)
 
 
