@@ -73,11 +73,12 @@ def take_in_turn(given: Raw, kind: int, defaults: Mapping[str, Raw], settings: S
 
 
 def _cut(member: Raw, settings: Settings) -> Raw:
-    """A large member whose strings are cut; most are small, and stay by their own bytes."""
+    """A large member whose strings are cut; one that has none to cut stays by its own bytes, as small ones do."""
     value = _whole.decode(member)
     if _has_more(value, settings.recorded_turn_bytes // _LEAST_ITEM):
         return member  # too large however its strings are cut
-    return Raw(encode(_cut_strings(value, settings.recorded_string_bytes)))
+    cut = _cut_strings(value, settings.recorded_string_bytes)
+    return member if cut == value else Raw(encode(cut))
 
 
 def _has_more(value: Any, most: int) -> bool:

@@ -61,10 +61,11 @@ def test_a_turn_that_fits_is_kept_as_it_is_with_its_type_and_its_sequence() -> N
     assert taken({}, MODEL_TURN) == {"type": "model_turn", "index": 7, "verifier_verdict": "not_run"}
 
 
-def test_numbers_keep_their_own_digits() -> None:
-    found = take_in_turn(Raw(b'{"output": [1.50, 12345678901234567890, 1e5]}'), TURN, {}, SETTINGS, "")
+@pytest.mark.parametrize("more", [b"", b",0" * SETTINGS.recorded_string_bytes])
+def test_numbers_keep_their_own_digits_where_no_string_is_cut_beside_them(more: bytes) -> None:
+    found = take_in_turn(Raw(b'{"output": [1.50, 12345678901234567890, 1e5%b]}' % more), TURN, {}, SETTINGS, "")
     assert found is not None
-    assert found.event(0).raw == b'{"type":"turn","index":0,"output":[1.50,12345678901234567890,1e5]}'
+    assert found.event(0).raw == b'{"type":"turn","index":0,"output":[1.50,12345678901234567890,1e5%b]}' % more
 
 
 def test_what_the_daemon_says_of_a_turn_is_not_taken_from_it() -> None:
