@@ -235,7 +235,7 @@ def line_of(line: Line, width: int, now_ms: int, over: bool, *, still: bool = Fa
         given = Text(visible(clipped(detail, width)), "dim" if node.kind in _DIM else "")
         if came_to:  # that, above all why it failed, is not pushed out by what it was given
             room = width - left.cell_len - measures.cell_len - came_to.cell_len - _SEPARATORS
-            room = max(room, width // 3) if wide else room
+            room = max(room, width // 3) if wide or node.kind is Kind.TURN else room  # of a turn it names the tool
             given.truncate(max(room, 0), overflow="ellipsis" if room > 1 else "crop")
         left.append_text(given and Text("  ").append_text(given))
     if node.exit_code:

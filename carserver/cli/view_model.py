@@ -18,6 +18,7 @@ from carserver.cli.view_tree import (
     State,
     Tree,
     Writing,
+    end_of,
 )
 from carserver.cli.view_words import (
     TOLD_CHARACTERS,
@@ -359,9 +360,7 @@ class RunModel:
             node = self._tool(event)
             node.started_ms = None
         error, exit_code = told(event.get("error")), event.get("exit_code")
-        output = (first_text(event, "output", "result") or "")[-OUTPUT_CHARACTERS:] or reference(
-            event.get("result_ref")
-        )
+        output = end_of(first_text(event, "output", "result") or "") or reference(event.get("result_ref"))
         if error and error != f"exit code {exit_code}":  # which is shown already
             output = error
         node.output = output or node.output

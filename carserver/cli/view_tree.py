@@ -85,7 +85,12 @@ class Node:
 
     def write(self, piece: str) -> None:
         """More of its output."""
-        self.output = (self.output + piece[-OUTPUT_CHARACTERS:])[-OUTPUT_CHARACTERS:]
+        self.output = end_of(self.output + piece[-OUTPUT_CHARACTERS - 1 :])
+
+
+def end_of(output: str) -> str:
+    """The end of a tool's output, with an ellipsis before it where that is not all."""
+    return output if len(output) <= OUTPUT_CHARACTERS else "…" + output[1 - OUTPUT_CHARACTERS :]
 
 
 class Tree:

@@ -12,6 +12,7 @@ from rich.text import Text
 from carserver.cli.output import duration, takes_a_view
 from carserver.cli.view import Line, ansi, facts, line_of, record, screen
 from carserver.cli.view_model import RunModel
+from carserver.cli.view_tree import Kind
 from carserver.cli.view_watch import table
 from carserver.cli.watch import Runs, Seen
 from carserver.client import Traced
@@ -253,6 +254,14 @@ def test_what_the_daemon_records_of_its_tools_is_told_once_and_in_words() -> Non
     assert tail.startswith("✗ tail  → cancelled by host  (more was not recorded)")
 
 
+def test_of_a_long_output_the_end_is_shown_and_that_it_is_not_all() -> None:
+    output = {"output": '{"value":"' + "one " * 100 + 'end"}'}
+    for events in ([{"type": "tool_end", **output}], [{"type": "tool_output_delta", "delta": output["output"]}]):
+        model = model_of([{"type": "tool_start", "id": "h1", "name": "look"}, *({**one, "id": "h1"} for one in events)])
+        (node,) = model.tree.root.children
+        assert "→ …e one one " in plain([line_of(Line(0, node, node.folded), 80, 0, True)])[0]
+
+
 @pytest.mark.parametrize("width", [24, 40, 80, 120])
 def test_why_a_tool_failed_is_seen_however_much_it_was_given(width: int) -> None:
     given = {"content": "line\n" * 100, "path": "/tmp/x"}
@@ -267,6 +276,8 @@ def test_why_a_tool_failed_is_seen_however_much_it_was_given(width: int) -> None
     assert line.startswith("✗ write")
     assert "→ d" in line
     assert width < 40 or "→ disk full " in line
+    node.kind = Kind.TURN
+    assert "✗ write  line" in plain([line_of(Line(0, node, node.folded), width, 0, True)])[0]
 
 
 def test_the_record_of_a_long_run_is_short_and_says_what_it_leaves_out() -> None:
