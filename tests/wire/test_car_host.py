@@ -163,6 +163,19 @@ async def test_in_a_batch_what_follows_the_state_comes_after_the_reply_and_nothi
         assert (event["sequence"], event["message"]) == (2, "2")
 
 
+async def test_who_subscribes_again_is_not_told_what_the_new_state_has(daemon: Daemon) -> None:
+    calls = [("host.notify", {"message": "1"}), ("host.subscribe", {}), ("host.notify", {"message": "2"})]
+    batch = [{"jsonrpc": "2.0", "id": n, "method": name, "params": params} for n, (name, params) in enumerate(calls)]
+    async with peer(daemon) as one:
+        await one.call("host.subscribe", {})
+        for first in (1, 3):
+            replies = await one.raw(json.dumps(batch))
+            (state,) = [reply["result"] for reply in replies if reply["id"] == 1]
+            assert (state["event_sequence"], state["events"][-1]["sequence"]) == (first, first)
+            (event,) = await told(one, 1)
+            assert (event["sequence"], event["message"]) == (first + 1, "2")
+
+
 # Approvals.
 
 

@@ -52,16 +52,16 @@ def subscribe(session: Session) -> Replied[Encoded[HostState]]:
     shows that, and `host.events` has them, as far as they are kept.
     """
     board, settings = session.services.host, session.services.settings
-    is_new = session.host_events is None
-    if is_new:
-        session.host_events = board.follow(session.outbox)
+    before = session.host_events
+    if before is not None:
+        board.unfollow(before)  # what waits for it is in the state
+    follower = session.host_events = board.follow(session.outbox)
     state = _state(board, session.services.approvals.list_pending(), settings.list_entries)
 
     def replied(as_it_is: bool) -> None:
-        follower = session.host_events
-        if as_it_is and follower is not None:
+        if as_it_is or before is not None:
             follower.release()
-        elif is_new and follower is not None and follower.held:
+        elif session.host_events is follower:
             board.unfollow(follower)
             session.host_events = None
 
