@@ -155,7 +155,7 @@ async def test_a_keyed_call_that_nobody_comes_for_is_cancelled_after_the_grace(s
 async def test_an_invocation_whose_connection_is_gone_is_cancelled_after_the_grace_unless_it_is_polled(
     start: StartDaemon,
 ) -> None:
-    daemon = start(grace_s=0.5)
+    daemon = start(grace_s=0.1)
     async with peer(daemon) as other, peer(daemon) as watching:
         host = Host(other)
         await host.register("slow")
@@ -164,7 +164,8 @@ async def test_an_invocation_whose_connection_is_gone_is_cancelled_after_the_gra
             first = await host.asked()
             left_one = (await caller.call("tools.invoke", {"tool": "slow"}))["handle"]
             second = await host.asked()
-        waiting = watching.start("tools.poll", {"handle": polled_one, "wait_ms": 30_000})
+            waiting = watching.start("tools.poll", {"handle": polled_one, "wait_ms": 30_000})
+            await daemon.until("requests_in_flight", 1)  # so it is there when the grace begins, however long that takes
         assert (await host.told_to_stop())["request_id"] == second.id
         assert (await watching.call("tools.status", {"handle": left_one}))["status"] == "cancelled"
         assert (await watching.call("tools.status", {"handle": polled_one}))["status"] == "running"

@@ -51,7 +51,7 @@ async def test_a_hosts_answer_that_is_refused_as_a_message_fails_its_handle(star
 
 
 async def test_who_invokes_again_with_the_same_key_attends_its_run(start: StartDaemon) -> None:
-    daemon = start(grace_s=1)
+    daemon = start(grace_s=0.1)
     async with peer(daemon) as other, peer(daemon) as second, peer(daemon) as third:
         host = Host(other)
         await host.register("tail")

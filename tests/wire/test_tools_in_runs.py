@@ -239,22 +239,30 @@ async def test_only_ones_own_live_run_takes_a_tool(daemon: Daemon) -> None:
 
 
 async def test_who_invokes_or_polls_a_handle_of_a_run_attends_it(start: StartDaemon) -> None:
-    daemon = start(grace_s=0.4)
+    daemon = start(grace_s=0.1)
     async with peer(daemon) as other, peer(daemon, "host-token") as operator:
         host = Host(other)
         await host.register("slow")
+
+        async def interrupted_before(count: int) -> None:
+            """Waits until a run that nobody attends from now on is interrupted, as the so many others were."""
+            async with peer(daemon) as owner:
+                unattended = (await owner.create())["id"]
+            await daemon.until("runs_interrupted", count + 1)
+            assert (await operator.call("runs.get", {"run_id": unattended}))["status"] == "interrupted"
+
         async with peer(daemon) as polling:
-            async with peer(daemon) as owner:
-                run_id = (await owner.create())["id"]
-            async with peer(daemon) as owner:
-                handle = (await owner.call("tools.invoke", {"tool": "slow", "run_id": run_id}))["handle"]
-                asked = await host.asked()
+            async with peer(daemon) as invoking:
+                async with peer(daemon) as owner:
+                    run_id = (await owner.create())["id"]
+                    handle = (await invoking.call("tools.invoke", {"tool": "slow", "run_id": run_id}))["handle"]
+                    asked = await host.asked()
+                await interrupted_before(0)
                 await polled(polling, handle)
-            await daemon.until("attended_runs", 1)
-            await asyncio.sleep(0.6)  # more than the grace: nothing may happen, so there is nothing to wait for
+            await interrupted_before(1)
             assert (await polling.call("runs.get", {"run_id": run_id}))["status"] == "created"
             await polled(operator, handle)
-        await daemon.until("runs_interrupted", 1)
+        await daemon.until("runs_interrupted", 3)
         assert (await host.told_to_stop())["request_id"] == asked.id
 
 
