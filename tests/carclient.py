@@ -173,6 +173,13 @@ class CarClient:
         """The next `request_id` that the cancel handler was called with."""
         return await asyncio.wait_for(self._cancelled.get(), WAIT_S)
 
+    async def reconnected(self, epoch: int) -> None:
+        """Its calls go to another connection than that one; those made in the moment of the loss may fail."""
+        while True:
+            with contextlib.suppress(CarError):
+                if await self.call("connection_epoch") > epoch:
+                    return
+
     # Its process.
 
     def pause(self) -> None:

@@ -138,7 +138,7 @@ async def test_the_same_client_goes_on_after_a_restart_of_the_daemon_and_says_th
         with pytest.raises(CarError):  # there is nobody
             await car.call("runs_record_turns", {"run_id": run_id, "turns": [{"prompt": "lost"}]})
         proxy.lead_to(daemon.start().url)
-        assert await car.call("connection_epoch") > epoch
+        await car.reconnected(epoch)
         assert (await car.call("list_tools")) == []  # they were the old connection's
         await car.call("register_tool", "echo")
         assert [tool["name"] for tool in await car.call("list_tools")] == ["echo"]

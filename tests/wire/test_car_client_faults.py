@@ -24,14 +24,6 @@ TURNS = [{"prompt": "look"}, {"tool": "grep", "output": {"found": 3}}]
 SUCCESS = {"status": "success", "summary": "done"}
 
 
-async def reconnected(car: CarClient, epoch: int) -> None:
-    """Its calls go to another connection than that one; those made in the moment of the loss may fail."""
-    while True:
-        with contextlib.suppress(CarError):
-            if await car.call("connection_epoch") > epoch:
-                return
-
-
 async def started(car: CarClient) -> str:
     """A run of its own."""
     run_id: str = (await car.call("runs_start", {"intent": "look", "agent_name": "Looker"}))["run_id"]
@@ -62,7 +54,7 @@ async def test_a_call_fails_at_once_and_the_client_resumes_its_run_and_completes
             await submitted
         await lost.answers({"to": "nobody"})
 
-        await reconnected(car, epoch)
+        await car.reconnected(epoch)
         assert (await car.call("runs_resume", {"run_id": run_id}))["run_id"] == run_id
         assert (await car.call("runs_record_turns", {"run_id": run_id, "turns": TURNS}))["ok"]
         await car.call("register_tool", "look")
@@ -169,7 +161,7 @@ async def test_a_client_that_stands_still_for_too_long_is_cut_off_and_reads_the_
         await producer.call("runs.fail", {"run_id": run_id, "error": "enough"})
         await daemon.until("write_timeouts", 1)
         still.resume()
-        await reconnected(still, epoch)
+        await still.reconnected(epoch)
         records: list[dict[str, Any]] = []
         cursor = 0
         while not records or records[-1]["record"] != "ended":
