@@ -150,7 +150,7 @@ async def test_a_slow_client_and_one_that_stands_still_for_a_while_get_every_eve
 async def test_a_client_that_stands_still_for_too_long_is_cut_off_and_reads_the_log_on_its_next_connection(
     start: StartDaemon,
 ) -> None:
-    daemon = start(write_s=0.3)
+    daemon = start(write_s=0.3, whole_trace_bytes=MIB)  # which a busy client, too, reads in that time
     async with peer(daemon) as producer, car_client(daemon) as still:
         run_id = (await producer.create())["id"]
         await still.listen("runs.trace.event")

@@ -427,7 +427,7 @@ async def test_actions_are_part_of_the_run_that_the_connection_has_started_until
 
 
 async def test_what_the_client_sent_is_answered_with_what_it_took(daemon: Daemon) -> None:
-    frame = {"dependencies": [], "id": "c1", "parameters": {"q": 1}, "timeout_ms": 5000, "tool": "echo"}
+    frame = {"dependencies": [], "id": "c1", "parameters": {"q": 1}, "timeout_ms": 50_000, "tool": "echo"}
     async with shaken(daemon, "echo") as (own, host):
         answer = own.start(
             "proposal.submit", {"proposal": {"actions": [{**frame, "type": "tool_call"}], "source": "m"}}

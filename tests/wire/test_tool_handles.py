@@ -151,7 +151,7 @@ async def test_the_live_stream_has_what_the_polls_have(daemon: Daemon) -> None:
 
 async def test_a_handle_is_32_hex_characters_and_a_host_is_asked_by_another_name(daemon: Daemon) -> None:
     async with hosted(daemon) as (caller, host):
-        handle, asked = await begun(caller, host, parameters={"q": 1.50}, action_id="c1", timeout_ms=5_000)
+        handle, asked = await begun(caller, host, parameters={"q": 1.50}, action_id="c1", timeout_ms=50_000)
         assert len(handle) == 32
         assert set(handle) <= set("0123456789abcdef")
         assert asked.id != handle
@@ -161,7 +161,7 @@ async def test_a_handle_is_32_hex_characters_and_a_host_is_asked_by_another_name
             "parameters": {"q": 1.5},
             "action_id": "c1",
             "attempt": 1,
-            "timeout_ms": 5_000,
+            "timeout_ms": 50_000,
             "session_id": asked.params["session_id"],
         }
         await asked.answer()

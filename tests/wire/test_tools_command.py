@@ -64,7 +64,7 @@ def tools_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own(tmp_path_factory: pytest.TempPathFactory, tools_file: Path) -> Iterator[Daemon]:
     """A daemon with these."""
     state = tmp_path_factory.mktemp("own") / "state"
-    with running(state, "--tools", str(tools_file), kill_after_s=0.1) as daemon:
+    with running(state, "--tools", str(tools_file), kill_after_s=0.1, unconfirmed_s=30) as daemon:
         yield daemon
 
 
