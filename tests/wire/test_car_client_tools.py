@@ -153,7 +153,9 @@ async def test_a_client_that_has_not_registered_its_tool_again_does_not_get_anot
             await one.call("register_tool", "finish")
             assert (await one.call("submit_proposal", {"actions": []}))["results"] == []
             one.tools["finish"] = lambda parameters: parameters
+        epoch = await car.call("connection_epoch")
         await car.call("close")  # as if the connection were lost between two turns of its agent
+        await car.reconnected(epoch)
         finish = action("a", tool="finish", parameters={"answer": "of the one, not of the other"})
         (result,) = (await car.call("submit_proposal", {"actions": [finish]}))["results"]
         assert (result["status"], "'finish'" in result.get("error", "")) == ("failed", True)

@@ -366,6 +366,6 @@ async def test_a_host_that_the_daemon_is_closing_hosts_nothing_any_more(start: S
         assert (await host.message())["result"] == 1
         handle = (await caller.call("tools.invoke", {"tool": "a"}))["handle"]
         host.send(frame(BINARY, b"x"))
-        answer = await polled(caller, handle, wait_ms=5_000)
+        answer = await polled(caller, handle, wait_ms=20_000)
         assert (answer["status"], answer.get("error")) == ("failed", "the host's connection ended")
         assert (await caller.call("tools.list"))["count"] == 0

@@ -115,7 +115,7 @@ async def test_a_host_in_lines_that_sends_no_more_hosts_nothing_any_more(start: 
             pass
         handle = (await caller.call("tools.invoke", {"tool": "a"}))["handle"]
         writer.write_eof()
-        answer = await polled(caller, handle, wait_ms=5_000)
+        answer = await polled(caller, handle, wait_ms=20_000)
         assert (answer["status"], answer.get("error")) == ("failed", "the host's connection ended")
         said = [json.loads(line) for line in (await reader.read()).splitlines()]
         assert said[-1]["result"]["error"] == "the host's connection ended", "its own call is answered"
