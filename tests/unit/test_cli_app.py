@@ -1,8 +1,10 @@
 """The command line as a whole: exit codes, one-line errors, starting the daemon, the smaller commands."""
 
+import gc
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -194,9 +196,10 @@ def test_health_does_not_import_what_only_others_need() -> None:
 
 
 @pytest.fixture
-def daemon_module(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+def daemon_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.SimpleNamespace]:
     """Stands in for the daemon, which the layer below builds: what `serve` gives it, and how it ends."""
     monkeypatch.setattr("carserver.cli.logs.set_up", lambda *_: None)  # the tests' own logging stays as it is
+    monkeypatch.setattr("carserver.cli.serve.leave_first_process", lambda: None)  # which the tests may be
     stub = types.SimpleNamespace(given=[], outcome=0, StartError=type("StartError", (Exception,), {}))
 
     def start(settings: Settings) -> int:
@@ -208,7 +211,8 @@ def daemon_module(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     module = types.ModuleType("carserver.daemon")
     module.__dict__.update(run=start, StartError=stub.StartError)
     monkeypatch.setitem(sys.modules, "carserver.daemon", module)
-    return stub
+    yield stub
+    gc.enable()  # as the daemon does once it is ready: the tests that follow need it
 
 
 def test_serve_gives_its_flags_to_the_daemon_and_returns_its_exit_code(

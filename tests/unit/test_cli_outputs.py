@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from carserver.cli import output
+from carserver.cli import output, outputs
 from carserver.cli.app import run
 from carserver.config import Settings
 from carserver.protocol.errors import conflict, not_found
@@ -25,7 +25,7 @@ MIB = 1024 * 1024
 def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """A person looks at standard output, at a terminal without colour."""
     monkeypatch.setattr(output, "at_terminal", lambda: True)
-    monkeypatch.setattr("carserver.cli.outputs.at_terminal", lambda: True)
+    monkeypatch.setattr(outputs, "at_terminal", lambda: True)
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "200")
 

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from carserver.cli import output
+from carserver.cli import output, runs
 from carserver.cli.app import run
 from carserver.cli.trace import TraceView
 from carserver.client import Traced
@@ -24,7 +24,7 @@ HOSTILE = "[red]x[/]\x1b]0;title\x07\u202e\nsecond"
 def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """A person looks at standard output, at a terminal without colour."""
     monkeypatch.setattr(output, "at_terminal", lambda: True)
-    monkeypatch.setattr("carserver.cli.runs.at_terminal", lambda: True)
+    monkeypatch.setattr(runs, "at_terminal", lambda: True)
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "200")
 

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from carserver.cli import output
+from carserver.cli import output, tools
 from carserver.cli.app import run
 from carserver.cli.tools_arguments import typed
 from carserver.config import Settings
@@ -69,7 +69,7 @@ def test_arguments_that_are_none_are_a_usage_error(arguments: list[str], said: s
 def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """A person looks at standard output, at a terminal without colour."""
     monkeypatch.setattr(output, "at_terminal", lambda: True)
-    monkeypatch.setattr("carserver.cli.tools.at_terminal", lambda: True)
+    monkeypatch.setattr(tools, "at_terminal", lambda: True)
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
 
