@@ -46,6 +46,7 @@ class FakeTool:
         self.status = "running"
         self.members = members
         self.proof = proof
+        self.stopped = False  # by a cancel
         self.invoked: Any = {"handle": HANDLE, "status": "running"}
         self.answers = {
             "tools.invoke": lambda _, __: self.invoked,
@@ -79,5 +80,6 @@ class FakeTool:
         assert params == {"handle": HANDLE, "wait_ms": 30_000}
         if self.status == "running":
             self._push(text("and goodbye\n"), failure("cancelled"), status="cancelled")
-            return {"cancelled": True, "cancel": self.proof}
-        return {"cancelled": True}
+            self.stopped = True
+        # A client whose connection ended may be answered a second time only, and is told the same.
+        return {"cancelled": True, "cancel": self.proof} if self.stopped else {"cancelled": True}
