@@ -215,10 +215,11 @@ def _settled(descriptor: int) -> os.stat_result:
     """
     patience = time.monotonic() + _SETTLES_S
     while True:
+        late = time.monotonic() > patience  # asked first: a thread that was kept waiting looks once more
         status = os.fstat(descriptor)
         if not 0 <= status.st_ctime_ns - time.clock_gettime_ns(_REALTIME_COARSE) < _TICK_NS:
             return status  # past; or far in the future, where the clock was set back: then the next differs, too
-        if time.monotonic() > patience:
+        if late:
             raise FileChanged("it is written to all the time; append it when it is complete")
         time.sleep(_SHORT_S)
 

@@ -225,10 +225,21 @@ def test_a_file_of_this_tick_is_examined_in_the_next(
     changed_ns = (folder / "d/f").stat().st_ctime_ns
     clock = [changed_ns + 1, changed_ns, changed_ns - 1, changed_ns - 10_000_000]
     monkeypatch.setattr(time, "clock_gettime_ns", lambda _: clock.pop())
+    monkeypatch.setattr(files, "_SETTLES_S", 3_600.0)
     assert root.examine("d/f", go_on)[1].ctime_ns == changed_ns
     assert clock == []
     clock.append(changed_ns - 3_600_000_000_000)  # the clock was set back: nothing to wait for
     root.examine("d/f", go_on)
+
+
+def test_who_was_kept_waiting_for_the_next_tick_looks_once_more(
+    root: FileRoot, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed_ns = (folder / "d/f").stat().st_ctime_ns
+    clock = [changed_ns + 1, changed_ns]
+    monkeypatch.setattr(time, "clock_gettime_ns", lambda _: clock.pop())
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0 if len(clock) == 2 else 3_600.0)
+    assert root.examine("d/f", go_on)[1].ctime_ns == changed_ns
 
 
 def test_a_file_that_is_written_to_in_every_tick_holds_nobody(
