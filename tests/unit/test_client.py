@@ -137,9 +137,9 @@ def test_the_token_goes_into_the_upgrade_and_a_wrong_one_is_not_authorised() -> 
 
 def test_a_daemon_that_is_not_there_or_refuses_is_unreachable() -> None:
     async def test() -> None:
-        with socket.create_server(("127.0.0.1", 0)) as closed:
-            port = closed.getsockname()[1]
-        with FakeDaemon() as daemon:
+        with socket.socket() as deaf, FakeDaemon() as daemon:
+            deaf.bind(("127.0.0.1", 0))  # nobody else gets the port, and nobody listens
+            port = deaf.getsockname()[1]
             daemon.pages["/"] = (421, "this Host is not known here")
             for url, message in [
                 (f"ws://127.0.0.1:{port}", "connection refused; is the daemon running"),

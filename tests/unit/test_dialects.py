@@ -139,9 +139,9 @@ def test_a_hint_is_short_however_many_methods_there_are_and_says_how_many_it_lea
     ],
 )
 def test_a_hostile_name_is_neither_shown_nor_dear(name: str) -> None:
-    begun = time.perf_counter()
+    begun = time.thread_time()
     error, *_ = [UnknownMethod(name).with_hint(NAMES, "car") for _ in range(64)]
-    assert time.perf_counter() - begun < 5.0, "it is meant to take a hundredth of that"
+    assert time.thread_time() - begun < 5.0, "it is meant to take a hundredth of that"
     assert error.data == {"hint": error.message.partition("; ")[2]}
     assert error.message.isprintable()
     assert len(error.message) < 1024

@@ -12,7 +12,7 @@ from carserver.core.schemas import BadSchema, below, weigh
 from carserver.protocol.errors import RpcError
 
 SETTINGS = Settings()
-SECONDS = 5.0  # for what is meant to take a quarter of one, on a machine with other things to do; unbounded it is hours
+SECONDS = 5.0  # of this thread, for what is meant to take a quarter of one; unbounded it is hours
 DEFS = "#/$defs/"
 
 
@@ -60,10 +60,10 @@ BAD: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize(("schema", "words"), BAD.values(), ids=BAD.keys())
 def test_a_schema_that_cannot_be_used_is_refused_with_the_place(schema: Any, words: str) -> None:
-    begun = time.perf_counter()
+    begun = time.thread_time()
     with pytest.raises(BadSchema) as caught:
         compiled(schema)
-    assert time.perf_counter() - begun < SECONDS
+    assert time.thread_time() - begun < SECONDS
     assert str(caught.value).startswith(words)
     assert len(str(caught.value)) < 500
 
@@ -128,13 +128,13 @@ HOSTILE: dict[str, tuple[Any, Any]] = {
 
 @pytest.mark.parametrize(("schema", "value"), HOSTILE.values(), ids=HOSTILE.keys())
 def test_no_schema_with_no_arguments_takes_long(schema: Any, value: Any) -> None:
-    begun = time.perf_counter()
+    begun = time.thread_time()
     arguments = compiled(schema)
     try:
         arguments.check(json.dumps(value).encode())
     except RpcError as error:
         assert len(error.message) < 500  # noqa: PT017 - whether it fits is not what is asked
-    assert time.perf_counter() - begun < SECONDS
+    assert time.thread_time() - begun < SECONDS
 
 
 @pytest.mark.parametrize(

@@ -341,10 +341,12 @@ def test_a_checkpoint_that_fails_harms_no_commit_but_a_failed_fsync_in_it_is_as_
     tmp_path: Path, code: int, fatal: bool
 ) -> None:
     driven = Driven(tmp_path / "test.db", wal_bytes=1)
-    driven.start()
-    driven.one(create("run"))
+    # Before it starts: the checkpoint comes behind the answers, and each commit has one.
     driven.writer._connection = FailingFsync(driven.connection, code, "PRAGMA wal_checkpoint")  # type: ignore[assignment]
-    assert driven.one(record("run", event(0))).first_sequence == 0  # it was committed before
+    driven.put(create("run"), record("run", event(0)))
+    driven.start()
+    _, first = driven.commit()
+    assert answered(first).first_sequence == 0  # it was committed before
     if fatal:
         assert driven.fatal.get(timeout=COMMIT_S) == "disk I/O error"
         with pytest.raises(RpcError, match="fsync failed"):
