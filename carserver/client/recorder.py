@@ -184,8 +184,8 @@ class Recorder:
 
     def _block(self, put: Callable[[], bool], taken: Callable[[], int]) -> None:
         while True:
+            changes = self._buffer.changes  # before it looks: what ends the recording from here on wakes it
             self._check_broken()
-            changes = self._buffer.changes
             done = put()
             self._wake()
             if done:

@@ -1,6 +1,7 @@
 """How events get from a run's buffer to the daemon: in batches, in order, each once (`carserver.client.recorder`)."""
 
 import asyncio
+import itertools
 import threading
 from typing import Any
 
@@ -332,6 +333,31 @@ async def test_who_waits_for_room_is_told_when_recording_ends() -> None:
                     await task
 
     with pytest.raises(NotRecorded):
+        await agent()
+
+
+async def test_a_thread_that_is_about_to_wait_for_room_is_told_too() -> None:
+    car, loop = FakeCar(patience_s=0.05), asyncio.get_running_loop()
+
+    async def agent() -> None:
+        async with run_of(car, buffer_events=10) as run:
+            car.open.clear()
+            await run.record(*numbered(10))
+            check, checks, ended = run.recorder._check_broken, itertools.count(1), threading.Event()
+
+            def check_just_before_it_ends() -> None:
+                check()
+                if next(checks) == 2:  # the last one before it asks for room
+                    loop.call_soon_threadsafe(run.recorder.give_up, "gone")
+                    loop.call_soon_threadsafe(ended.set)
+                    assert ended.wait(20)
+
+            run.recorder._check_broken = check_just_before_it_ends  # type: ignore[method-assign]
+            with pytest.raises(NotRecorded, match="gone"):
+                await asyncio.to_thread(run.record_from_thread, {"type": "step"})
+            assert ended.is_set()
+
+    with pytest.raises(NotRecorded, match="gone"):
         await agent()
 
 
