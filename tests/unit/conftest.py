@@ -16,6 +16,8 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StateFolder:
         "CAR_AUTH_TOKEN",
         "CARSERVER_AUTH_TOKEN",
         "CARSERVER_HOST_TOKEN",
+        "FORCE_COLOR",  # by which a machine takes what is written for a terminal
+        "TTY_COMPATIBLE",
     ):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("CARSERVER_STATE_DIR", str(tmp_path / "state"))

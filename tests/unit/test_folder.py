@@ -87,7 +87,7 @@ def test_a_secret_that_others_may_read_is_refused_and_the_message_has_the_cure(f
 def test_a_blank_or_damaged_secret_is_refused_and_never_shown(folder: StateFolder, content: str) -> None:
     folder.prepare()
     file = folder.path / "auth-token"
-    file.write_text(content)
+    file.write_text(content, encoding="utf-8")
     file.chmod(0o600)
     with pytest.raises(FolderError, match="auth-token") as caught:
         folder.secrets(Settings())
