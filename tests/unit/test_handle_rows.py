@@ -246,7 +246,7 @@ async def test_a_key_is_free_again_when_it_was_kept_for_its_time(path: Path) -> 
 
 async def test_who_is_patient_is_told_the_outcome_however_long_it_takes(path: Path) -> None:
     async with opened(path, storage_s=0.05) as store:
-        await store.submit(create("run"))
+        await store.store.submit(create("run"), None, patient=True)  # however long the disk takes
         with write_lock(path):
             patient = asyncio.create_task(store.store.edit(open_handle("a", "run"), patient=True))
             command = asyncio.create_task(store.store.submit(record("run", event(0)), None, patient=True))
