@@ -21,24 +21,18 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="process tools n
 
 EXAMPLES = 60
 TOGETHER = 6  # tools at once
-# What it was given, whatever bytes these are, and what lies in its folder: a shell would leave something there.
-PROGRAM = """
-import json, os, sys
-print(json.dumps([[os.fsencode(one).decode() for one in sys.argv[1:]], os.listdir()]))
-"""
 TABLE = """
 [tools.show]
-command = [{python}, "-ISc", {program}, "{{text}}", "<{{value}}|{{text}}>", "{{{{text}}", "{{absent}}", "{{value}}"]
+command = ["printf", "%s\\\\0", "{text}", "<{value}|{text}>", "{{text}", "{absent}", "{value}"]
 cwd = "empty"
-output = "jsonl"
 
 [tools.show.parameters]
 type = "object"
 required = ["text"]
-properties = {{ text = {{ type = "string" }}, value = {{}}, absent = {{}} }}
+properties = { text = { type = "string" }, value = {}, absent = {} }
 
 [tools.strict]
-command = ["touch", "{{text}}"]
+command = ["touch", "{text}"]
 cwd = "empty"
 
 [tools.strict.parameters]
@@ -47,9 +41,9 @@ required = ["text"]
 additionalProperties = false
 
 [tools.strict.parameters.properties]
-text = {{ type = "string", maxLength = 9, pattern = "^[a-z]*$" }}
-number = {{ type = "integer", minimum = 0, maximum = 9 }}
-list = {{ type = "array", maxItems = 3, items = {{ enum = [1, "a", false] }} }}
+text = { type = "string", maxLength = 9, pattern = "^[a-z]*$" }
+number = { type = "integer", minimum = 0, maximum = 9 }
+list = { type = "array", maxItems = 3, items = { enum = [1, "a", false] } }
 """
 
 
@@ -57,8 +51,7 @@ list = {{ type = "array", maxItems = 3, items = {{ enum = [1, "a", false] }} }}
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     folder = tmp_path_factory.mktemp("arguments")
     (folder / "empty").mkdir()
-    table = TABLE.format(python=json.dumps(sys.executable), program=json.dumps(PROGRAM.replace("{", "{{")))
-    (folder / "tools.toml").write_text(table)
+    (folder / "tools.toml").write_text(TABLE)
     with running(folder / "state", "--tools", str(folder / "tools.toml")) as one:
         yield one
 
@@ -116,7 +109,9 @@ def test_each_argument_is_one_element_as_it_is(daemon: Daemon, given_: list[tupl
             while told is None or told["status"] == "running":
                 told = await caller.call("tools.poll", {"handle": handle, "wait_ms": 10_000, "after": 0})
             assert told["status"] == "succeeded", told
-            assert told["chunks"][0] == {"kind": "data", "data": [wanted(text, value), []]}
+            said = "".join(chunk["text"] for chunk in told["chunks"][:-1])
+            assert said == "".join(f"{element}\0" for element in wanted(text, value))
+        assert not any((daemon.state.parent / "empty").iterdir()), "a shell would leave something there"
 
     talk(daemon, work)
 
