@@ -6,11 +6,13 @@ import random
 import signal
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import StartDaemon
+from tests.fault.tooling import until
 from tests.fault.zoo import MARK, MIB, descendants, marked, until_none, write_zoo
 from tests.fault.zoorounds import PROOF_MS, SHORT, Figures, keeper_of, left_of, until_up, zoo_round
 from tests.peer import peer
@@ -24,6 +26,12 @@ MOST = 256 * MIB  # of memory after a round: what one flood writes is more, if s
 @pytest.fixture
 def zoo(tmp_path: Path) -> str:
     return write_zoo(tmp_path / "zoo.toml")
+
+
+@pytest.fixture
+def it() -> str:
+    """A mark that nothing else on this machine has: other tests run at the same time."""
+    return uuid.uuid4().hex
 
 
 @pytest.mark.parametrize("number", range(ROUNDS))
@@ -42,52 +50,52 @@ async def test_every_tool_has_the_right_end_whatever_it_does_and_nothing_is_left
 
 
 async def test_a_stop_is_requested_while_something_lives_and_confirmed_when_nothing_does(
-    start: StartDaemon, zoo: str
+    start: StartDaemon, zoo: str, it: str
 ) -> None:
     daemon = start("--tools", zoo, kill_after_s=1000)
     async with peer(daemon) as caller:
-        handle = (await caller.call("tools.invoke", {"tool": "ignores_term", "parameters": {"mark": "it"}}))["handle"]
+        handle = (await caller.call("tools.invoke", {"tool": "ignores_term", "parameters": {"mark": it}}))["handle"]
         await until_up(caller, handle)
-        both = marked("it")
+        both = marked(it)
         assert len(both) == 2
         requested = {"cancelled": True, "cancel": "requested"}
         assert await caller.call("tools.cancel", {"handle": handle}) == requested
-        for left in (2, 1):
+        while both:
+            await until(lambda: set(marked(it)) == set(both))
             assert await caller.call("tools.cancel", {"handle": handle, "wait_ms": 200}) == requested
-            assert len(marked("it")) == left
             told = await caller.call("tools.status", {"handle": handle})
             assert told == {"handle": handle, "status": "cancelled", "cancel": "requested"}
             os.kill(both.pop(), signal.SIGKILL)
         told = await caller.call("tools.cancel", {"handle": handle, "wait_ms": PROOF_MS})
-        assert marked("it") == []
+        assert marked(it) == []
         assert told["cancel"] == "confirmed"
 
 
 async def test_a_stop_that_could_not_be_seen_in_time_is_unconfirmed_and_still_nothing_is_left(
-    start: StartDaemon, zoo: str
+    start: StartDaemon, zoo: str, it: str
 ) -> None:
     daemon = start("--tools", zoo, kill_after_s=0.1, unconfirmed_s=0.1)
     keeper = await keeper_of(daemon)
     async with peer(daemon) as caller:
-        order = {"tool": "stops_its_parent", "parameters": {"mark": "it"}}
+        order = {"tool": "stops_its_parent", "parameters": {"mark": it}}
         handle = (await caller.call("tools.invoke", order))["handle"]
         await until_up(caller, handle)
         told = await caller.call("tools.cancel", {"handle": handle, "wait_ms": PROOF_MS})
         assert told["cancel"] == "unconfirmed"
-        assert await left_of(daemon.pid, "it", keeper) == []
+        assert await left_of(daemon.pid, it, keeper) == []
         assert daemon.metrics()["stops_unconfirmed"] == 1
 
 
-def test_the_search_finds_what_is_marked_until_it_is_gone() -> None:
+def test_the_search_finds_what_is_marked_until_it_is_gone(it: str) -> None:
     """The negative control of all that is said about what is left."""
     command = ["sh", "-c", "sleep 1000 & echo; wait"]
-    with subprocess.Popen(command, env=os.environ | {MARK: "here.1"}, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(command, env=os.environ | {MARK: f"{it}.1"}, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        found = marked("here")
+        found = marked(it)
         assert len(found) == 2
-        assert set(found) == set(marked("here.1")) == {process.pid, *descendants(process.pid)}
-        assert marked("her") == marked("here.") == []
+        assert set(found) == set(marked(f"{it}.1")) == {process.pid, *descendants(process.pid)}
+        assert marked(it[:-1]) == marked(f"{it}.") == []
         for pid in found:
             os.kill(pid, signal.SIGKILL)
-    assert asyncio.run(until_none(lambda: marked("here"))) == ""
+    assert asyncio.run(until_none(lambda: marked(it))) == ""
