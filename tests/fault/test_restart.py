@@ -18,6 +18,7 @@ from tests.trace import until_at_most
 from tests.unit.storing import write_lock
 
 GRACE_S = 0.4
+WITHIN_S = 2.0  # a grace within which somebody comes back, on a machine that stands still for a while, too
 RESTARTS = [pytest.param(Daemon.kill, id="killed"), pytest.param(Daemon.terminate, id="terminated")]
 STEP = {"type": "text_delta", "text": "on"}
 
@@ -223,16 +224,17 @@ async def test_a_run_that_was_live_when_the_daemon_was_killed_is_interrupted_and
 
 
 async def test_a_run_whose_owner_comes_back_within_the_grace_after_a_restart_is_not_interrupted(
-    graceful: Daemon,
+    start: StartDaemon,
 ) -> None:
-    async with peer(graceful) as owner:
+    daemon = start(grace_s=WITHIN_S)
+    async with peer(daemon) as owner:
         recorded, resumed = [(await owner.create())["id"] for _ in range(2)]
-        graceful.kill()
-    graceful.start()
-    async with peer(graceful) as owner, peer(graceful, "host-token") as host:
+        daemon.kill()
+    daemon.start()
+    async with peer(daemon) as owner, peer(daemon, "host-token") as host:
         await owner.record(recorded, STEP)
         assert (await owner.call("runs.resume", {"run_id": resumed}))["status"] == "created"
-        await a_grace_passes(graceful, host)
+        await a_grace_passes(daemon, host)
         assert [await status(host, recorded), await status(host, resumed)] == ["created", "created"]
         await watching(host, recorded)
         await owner.socket.close()
@@ -298,12 +300,13 @@ async def test_a_second_attending_connection_keeps_a_run_alive_and_one_that_only
         assert (await ending(looker))["run_status"] == "interrupted"
 
 
-async def test_a_run_that_is_attended_again_within_the_grace_is_not_interrupted(graceful: Daemon) -> None:
-    async with peer(graceful, "host-token") as host:
-        run_id = await left_run(graceful)
-        async with peer(graceful) as back:
+async def test_a_run_that_is_attended_again_within_the_grace_is_not_interrupted(start: StartDaemon) -> None:
+    daemon = start(grace_s=WITHIN_S)
+    async with peer(daemon, "host-token") as host:
+        run_id = await left_run(daemon)
+        async with peer(daemon) as back:
             await back.call("runs.resume", {"run_id": run_id})
-            await a_grace_passes(graceful, host)
+            await a_grace_passes(daemon, host)
             assert await status(host, run_id) == "created"
 
 

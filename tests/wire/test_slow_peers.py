@@ -26,10 +26,11 @@ HIGH_WATER = 64 * KIB
 SIZE = 4 * HIGH_WATER  # of an answer that congests
 TICK_S = 0.05
 PING_S = 0.3
-WRITE_S = 0.6
-SLACK_S = 0.5
+WRITE_S = 1.5
+SLACK_S = 1.2  # for the daemon to see that the time is over; less than another `WRITE_S`
 TOO_SLOW = "aborted: the peer has not read for write_s"
 FLOOD = 200_000
+CLOCK_S = 0.01  # in which a clock that tells milliseconds may be off
 
 
 def stop_reading(client: RawPeer) -> None:
@@ -67,12 +68,12 @@ async def test_a_peer_that_reads_slowly_but_steadily_is_neither_aborted_nor_clos
     start: StartDaemon,
 ) -> None:
     mark = 3 * SIZE // 4
-    timing = {"write_s": 0.8, "ping_s": PING_S, "pong_s": 2 * PING_S, "wrong_token_s": TICK_S}
+    timing = {"write_s": WRITE_S, "ping_s": PING_S, "pong_s": WRITE_S, "wrong_token_s": TICK_S}
     daemon = congesting(start, high_water_bytes=mark, **timing)
     async with raw_peer(daemon, receive_buffer=SMALL) as client, peer(daemon) as metronome:
         await congest(daemon, client)
         slow_ticks = 0
-        while slow_ticks * TICK_S < 3 * 0.8:  # longer than any write may wait, and than several pings
+        while slow_ticks * TICK_S < 2 * WRITE_S:  # longer than any write may wait, and than the answer to a ping
             figures = daemon.metrics()
             assert (figures["write_timeouts"], figures["ping_timeouts"]) == (0, 0)
             assert figures["outbox_bytes"], "there was something left for it to read all the time"
@@ -98,6 +99,11 @@ async def reads_a_megabyte(client: RawPeer) -> None:
     stop_reading(client)
 
 
+async def now_s(other: Peer) -> float:
+    """By the daemon's clock, so that only the daemon need keep time: this process may stand still for a while."""
+    return float((await other.call("server.ping"))["now_ms"]) / 1_000
+
+
 @pytest.mark.parametrize("receive_buffer", [SMALL, None], ids=["small", "as it is"])
 @pytest.mark.parametrize("first", [reads_nothing, reads_a_megabyte])
 async def test_a_peer_that_does_not_read_is_aborted_when_the_time_for_a_write_is_over_and_not_later(
@@ -105,20 +111,20 @@ async def test_a_peer_that_does_not_read_is_aborted_when_the_time_for_a_write_is
 ) -> None:
     """Whatever the kernel took of it before: with buffers as they are that is megabytes, after it stopped reading."""
     daemon = congesting(start) if receive_buffer else start(*METHODS, write_s=WRITE_S)
-    async with raw_peer(daemon, receive_buffer=receive_buffer) as client:
+    async with raw_peer(daemon, receive_buffer=receive_buffer) as client, peer(daemon) as other:
         stop_reading(client)
+        asked_s = await now_s(other)
         client.send_call(1, "test.bytes", {"size": 15 * MIB})
         client.send_call(2, "server.ping")
         await first(client)
-        stopped = datetime.now().astimezone()
+        stopped_s = await now_s(other)
         await daemon.until("write_timeouts", 1)
-        await until_at_most(daemon, "connections", 1)  # the one that asks
+        await until_at_most(daemon, "connections", 2)  # the other, and the one that asks
         assert daemon.metrics()["outbox_bytes"] == 0
     (aborted,) = [line for line in map(json.loads, daemon.log.splitlines()) if line["message"].startswith(TOO_SLOW)]
-    waited_s = (datetime.fromisoformat(aborted["time"]) - stopped).total_seconds()
-    assert waited_s < WRITE_S + SLACK_S
-    if first is reads_nothing:
-        assert waited_s > WRITE_S - SLACK_S, "it has had its time"
+    aborted_s = datetime.fromisoformat(aborted["time"]).timestamp()
+    assert aborted_s - asked_s > WRITE_S - CLOCK_S, "it has had its time"
+    assert aborted_s - stopped_s < WRITE_S + SLACK_S
 
 
 async def test_a_peer_that_reads_too_slowly_to_fall_below_the_mark_in_time_is_aborted(start: StartDaemon) -> None:
@@ -128,10 +134,10 @@ async def test_a_peer_that_reads_too_slowly_to_fall_below_the_mark_in_time_is_ab
         received = 0
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             while received < SIZE:
-                received += len(await client.reader.readexactly(5 * KIB))
+                received += len(await client.reader.readexactly(2 * KIB))
                 await tick(metronome)
         assert daemon.metrics()["write_timeouts"] == 1
-        assert received > 10 * KIB, "it did read"
+        assert received > 4 * KIB, "it did read"
 
 
 @pytest.mark.parametrize("windows", [0, 1.25], ids=["soon", "later than a write may wait"])
@@ -140,10 +146,10 @@ async def test_a_peer_that_stops_below_the_mark_is_aborted_too(windows: float, s
     async with raw_peer(daemon, receive_buffer=SMALL) as client, peer(daemon) as metronome:
         await congest(daemon, client)
         while daemon.metrics()["outbox_bytes"] > 0.75 * HIGH_WATER:
-            await client.reader.readexactly(4 * KIB)
+            await client.reader.readexactly(16 * KIB)
         for _ in range(round(windows * WRITE_S / TICK_S)):
             await tick(metronome)
-            await client.reader.readexactly(1_600)
+            await client.reader.readexactly(640)
         figures = daemon.metrics()
         assert figures["outbox_bytes"] > 0
         assert figures["write_timeouts"] == 0
@@ -173,7 +179,7 @@ async def test_a_peer_that_stops_and_goes_on_in_time_is_not_aborted_then_or_late
 async def test_a_peer_that_closes_while_answers_wait_gets_them_and_then_the_echo_of_its_close(
     payload: bytes, start: StartDaemon
 ) -> None:
-    daemon = congesting(start)
+    daemon = congesting(start, write_s=60)
     calls, size = 6, 100 * KIB
     async with raw_peer(daemon, receive_buffer=SMALL) as client:
         stop_reading(client)
@@ -193,7 +199,7 @@ async def test_a_peer_that_closes_while_answers_wait_gets_them_and_then_the_echo
 
 
 async def test_the_library_that_closes_while_answers_wait_sees_a_normal_end(start: StartDaemon) -> None:
-    daemon = congesting(start)
+    daemon = congesting(start, write_s=60)
     async with peer(daemon) as client:
         tasks = [client.start("test.bytes", {"size": 200 * KIB}) for _ in range(10)]
         assert len(await tasks[0]) == 200 * KIB - 2

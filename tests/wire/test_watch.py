@@ -306,7 +306,7 @@ async def test_a_slow_reader_of_2000_changing_runs_costs_little_is_reset_and_com
 async def test_a_watcher_that_does_not_read_is_aborted_like_any_other_and_costs_nobody_else_anything(
     start: StartDaemon,
 ) -> None:
-    daemon = congesting(start, write_s=0.6)
+    daemon = congesting(start, write_s=2)  # in which the others read, though this process may stand still for a while
     async with peer(daemon) as owner, peer(daemon) as fast, raw_peer(daemon, receive_buffer=SMALL) as stalled:
         await fast.call("runs.watch")
         stalled.send_call("watch", "runs.watch")
