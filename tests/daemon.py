@@ -13,8 +13,8 @@ from pathlib import Path
 
 STARTED = re.compile(r"listening on (ws://\S+)")
 ROOT = Path(__file__).parent.parent
-START_S = 10.0
-EXIT_S = 15.0
+START_S = 30.0
+EXIT_S = 30.0
 DEFECTS = ("internal_errors", "undeclared_errors")
 
 

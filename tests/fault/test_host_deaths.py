@@ -12,13 +12,14 @@ from tests.hosting import until_ended
 from tests.peer import peer
 from tests.rawpeer import raw_peer
 
-ROOM_S = 5 * ENDED_S
+ROOM_S = 20 * ENDED_S
 """Two cores that run other tests too: the bound of the command, `ENDED_S`, holds for the daemon alone."""
+LONG_S = 3 * ROOM_S  # for whatever else a handle's end might wait for
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    with running(tmp_path_factory.mktemp("hosts") / "state") as daemon:
+    with running(tmp_path_factory.mktemp("hosts") / "state", ping_s=LONG_S, kill_after_s=LONG_S) as daemon:
         yield daemon
 
 

@@ -18,6 +18,7 @@ from tests.fault.test_drain import DRAINING, exit_code
 from tests.lines import is_there, unix_peer, unix_streams
 from tests.peer import Refused, peer
 from tests.trace import cursor_of, text, until_at_most
+from tests.unit.storing import write_lock
 
 KIB, MIB = 1024, 1024 * 1024
 METHODS = ("--methods", "tests.methods_for_tests", "--methods", "tests.methods_that_print")
@@ -373,19 +374,21 @@ async def test_a_peer_that_goes_after_it_said_that_it_sends_no_more_is_noticed_t
 async def test_the_drain_tells_a_peer_refuses_new_work_and_closes_with_one_last_line(
     start: StartDaemon, path: Path
 ) -> None:
-    daemon = start(*METHODS, unix=path, drain_s=2)
+    daemon = start(unix=path, drain_s=60)
     async with unix_streams(at(daemon)) as (reader, writer):
-        writer.write(call(1, "test.hold", {"name": "never"}))  # so that the drain waits
-        await daemon.until("requests_in_flight", 1)
-        assert daemon.process is not None
-        daemon.process.terminate()
-        assert await reader.readline() == DRAINING + b"\n"
-        assert not is_there(path), "nobody else is to come"
-        writer.write(call(2, "runs.list") + call(3, "session.auth", {"token": daemon.token()}))
-        answers = [json.loads(await reader.readline()) for _ in range(2)]
-        assert answers[0]["error"]["data"]["type"] == "unavailable"
-        assert answers[1]["result"]["ok"]
-        (closing,) = await everything(reader)
+        with write_lock(daemon.state / "carserver.db"):
+            writer.write(call(1, "runs.create", {"prompt": "waits"}))  # and the drain for it
+            await daemon.until("storage_waiting_commands", 1)
+            assert daemon.process is not None
+            daemon.process.terminate()
+            assert await reader.readline() == DRAINING + b"\n"
+            assert not is_there(path), "nobody else is to come"
+            writer.write(call(2, "runs.list") + call(3, "session.auth", {"token": daemon.token()}))
+            answers = [json.loads(await reader.readline()) for _ in range(2)]
+            assert answers[0]["error"]["data"]["type"] == "unavailable"
+            assert answers[1]["result"]["ok"]
+        created, closing = await everything(reader)
+        assert (created["id"], created["result"]["prompt"]) == (1, "waits")
     assert await asyncio.to_thread(exit_code, daemon, 10) == 0
     assert closing["params"] == {"code": 1012, "reason": "the daemon stops: reconnect"}
 
