@@ -199,7 +199,7 @@ async def test_a_command_may_close_its_output_and_live_on() -> None:
 
 
 async def test_a_last_chunk_of_its_own_is_the_outcome_and_what_follows_is_ignored() -> None:
-    async with rig() as pool:
+    async with rig(msgspec.structs.replace(SHORT, settle_s=WAIT_S)) as pool:  # it has its time to exit
         feed = await pool.run(pool.sh('echo \'{"kind":"done","result":7}\'; echo more; echo more >&2; exit 3', "jsonl"))
         assert msgspec.json.encode(feed.chunks[-1]) == b'{"kind":"done","result":7}'
         assert feed.exit_code == 3
