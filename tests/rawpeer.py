@@ -48,6 +48,12 @@ def frame(opcode: int, payload: bytes, *, fin: bool = True, reserved: int = 0, m
     return head + (bytes(4) + payload if masked else payload)  # a mask of zeros changes nothing
 
 
+def call_frame(id_: Any, method: str, params: Any = None) -> bytes:
+    """A request in its frame; several that are sent as one arrive together, whatever this process does meanwhile."""
+    members = {} if params is None else {"params": params}
+    return frame(TEXT, json.dumps({"jsonrpc": "2.0", "id": id_, "method": method, **members}).encode())
+
+
 def request(path: str = "/", *, host: str = "localhost", headers: tuple[str, ...] = ()) -> bytes:
     """The bytes of an upgrade request."""
     key = base64.b64encode(os.urandom(16)).decode()
@@ -80,8 +86,7 @@ class RawPeer:
 
     def send_call(self, id_: Any, method: str, params: Any = None) -> None:
         """A request."""
-        members = {} if params is None else {"params": params}
-        self.send_text(json.dumps({"jsonrpc": "2.0", "id": id_, "method": method, **members}))
+        self.send(call_frame(id_, method, params))
 
     async def head(self) -> bytes:
         """The head of the answer to the upgrade request."""

@@ -13,7 +13,7 @@ from carserver.protocol.transfer import PAGE_EVENTS
 from tests.conftest import StartDaemon
 from tests.daemon import Daemon, running
 from tests.peer import Peer, Refused, peer
-from tests.trace import ask
+from tests.rawpeer import call_frame, raw_peer
 
 AT_MS = 1_700_000_000_000
 LAST_MS = 253_402_214_400_000  # the last day of the year 9999 begins
@@ -416,7 +416,7 @@ async def test_a_kill_in_the_middle_leaves_nothing_and_the_same_again_is_complet
 
 async def test_while_much_comes_in_others_are_answered(served: Daemon) -> None:
     entries = [{"type": "text", "n": n} for n in range(1_000)]
-    async with peer(served, "host-token") as host:
+    async with raw_peer(served, "host-token") as host:
         lines: Lines = []
         for _ in range(20):
             head, *_ = run(events=1_000)
@@ -426,9 +426,8 @@ async def test_while_much_comes_in_others_are_answered(served: Daemon) -> None:
             ]
             lines += [head, {"run_id": head["run"]["id"], "events": page}]
         # On one connection, so that the order of the answers tells which was done first.
-        await ask(host, "import", "runs.import", {"lines": lines})
-        for n in range(3):
-            await ask(host, f"p{n}", "server.ping", {})
-        answers = [json.loads(await host.next_frame()) for _ in range(4)]
+        pings = [call_frame(f"p{n}", "server.ping") for n in range(3)]
+        host.send(b"".join([call_frame("import", "runs.import", {"lines": lines}), *pings]))
+        answers = [await host.message() for _ in range(4)]
         assert [answer["id"] for answer in answers] == ["p0", "p1", "p2", "import"]
         assert answers[-1]["result"]["events"] == 20_000

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 from typing import Any
 
 import pytest
@@ -10,10 +9,10 @@ import pytest
 from tests.conftest import StartDaemon
 from tests.daemon import Daemon
 from tests.peer import Peer, Refused, peer
-from tests.trace import ask
+from tests.rawpeer import call_frame, raw_peer
 from tests.wire.test_delete import closed, over
 
-APPENDS = 10
+APPENDS = 200  # more than may be under way at once, so that they take several transactions
 WAIT_MS = 30  # so that runs end in an order that their times show
 
 
@@ -125,14 +124,14 @@ async def test_more_ids_than_a_page_are_counted(start: StartDaemon) -> None:
 
 async def test_while_it_prunes_others_record_and_are_answered(start: StartDaemon) -> None:
     daemon = start(prune_runs=5, sweep_pause_s=0.001, sweep_events=100)
-    async with peer(daemon) as client, peer(daemon, "host-token") as host:
+    async with peer(daemon) as client, peer(daemon, "host-token") as host, raw_peer(daemon, "host-token") as both:
         await asyncio.gather(*(over(client, *({"type": "text", "n": n} for n in range(50))) for _ in range(300)))
         live = (await host.create())["id"]
         # Both on one connection, so that the order of the answers tells which was done first.
-        await ask(host, "prune", "server.prune", {"max_runs": 1})
-        for n in range(APPENDS):
-            await ask(host, f"r{n}", "runs.record", {"run_id": live, "events": [{"type": "text", "n": n}]})
-        answers = [json.loads(await host.next_frame()) for _ in range(1 + APPENDS)]
+        event = {"type": "text"}
+        appends = [call_frame(f"r{n}", "runs.record", {"run_id": live, "events": [event]}) for n in range(APPENDS)]
+        both.send(b"".join([call_frame("prune", "server.prune", {"max_runs": 1}), *appends]))
+        answers = [await both.message() for _ in range(1 + APPENDS)]
         assert [answer["id"] for answer in answers] == [*(f"r{n}" for n in range(APPENDS)), "prune"]
         assert answers[-1]["result"]["runs"] == 300
         assert (await host.call("runs.get", {"run_id": live}))["event_count"] == APPENDS

@@ -18,8 +18,7 @@ from tests import methods_for_tests
 from tests.conftest import StartDaemon
 from tests.daemon import Daemon, NotStarted, running
 from tests.peer import Peer, Refused, peer
-from tests.rawpeer import CLOSE, raw_peer
-from tests.trace import ask
+from tests.rawpeer import CLOSE, call_frame, raw_peer
 
 AGENT = "agent 7.b@c:d"
 TABLE = Table.of([*METHOD_MODULES, methods_for_tests])
@@ -133,12 +132,12 @@ async def test_a_wrong_token_is_told_and_the_socket_stays_open_for_a_right_one(s
 
 
 async def test_a_wrong_token_waits_a_second_and_a_right_one_does_not(daemon: Daemon) -> None:
-    async with peer(daemon, None) as client:
+    async with raw_peer(daemon, None) as client:
         began = time.monotonic()
-        await ask(client, "wrong", "session.auth", {"token": "wrong"})
-        await ask(client, "right", "session.auth", {"token": daemon.token()})
-        await ask(client, "ping", "server.ping", {})
-        answers = [json.loads(await client.next_frame()) for _ in range(3)]
+        calls = [("wrong", {"token": "wrong"}), ("right", {"token": daemon.token()})]
+        frames = [call_frame(id_, "session.auth", params) for id_, params in calls]
+        client.send(b"".join([*frames, call_frame("ping", "server.ping")]))
+        answers = [await client.message() for _ in range(3)]
         assert [answer["id"] for answer in answers] == ["right", "ping", "wrong"]
         assert ["result" in answer for answer in answers] == [True, True, False]
         assert time.monotonic() - began >= 1
