@@ -20,7 +20,7 @@ from carserver.hosts import process
 from carserver.hosts.packets import EXITED, GONE, STARTED, TAKEN, packet
 from carserver.hosts.running import Running
 from tests.fault.processes import ROOT, environment
-from tests.fault.tooling import SHORT, WAIT_S, Feed, Rig, children, descriptors, marked, pids, rig, until
+from tests.fault.tooling import SHORT, WAIT_S, Feed, Rig, children, descriptors, lives, marked, pids, rig, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="process tools need Linux")
 
@@ -164,6 +164,9 @@ async def test_what_is_stopped_before_the_keeper_takes_it_is_never_started(tmp_p
 
 async def test_starts_wait_while_the_keeper_does_not_listen() -> None:
     async with rig() as pool:
+        keeper = pool.processes._keeper
+        assert keeper is not None
+        keeper._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # as little as this kernel has
         os.kill(pool.keeper, signal.SIGSTOP)
         running: list[asyncio.Future[Feed]] = []
         while not pool.processes.waiting and len(running) < 500:
@@ -310,7 +313,7 @@ async def test_when_the_daemon_is_killed_no_tool_lives_on(also: str) -> None:
     await until(lambda: not marked(mark))
     with suppress(ProcessLookupError):
         os.kill(keeper, signal.SIGCONT)
-    await until(lambda: keeper not in pids())
+    await until(lambda: not lives(keeper))
 
 
 def started_daemon(mark: str) -> tuple[subprocess.Popen[str], int]:

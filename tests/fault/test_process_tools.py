@@ -15,7 +15,7 @@ from carserver.config import Settings
 from carserver.hosts.process import ProcessTool
 from carserver.hosts.spec import Output
 from carserver.protocol.tools import DataChunk, ErrorChunk, GivenChunk, GivenDone, TextChunk
-from tests.fault.tooling import CALL, DESCRIPTORS, MARK, SHORT, WAIT_S, Feed, descriptors, rig
+from tests.fault.tooling import CALL, DESCRIPTORS, MARK, SHORT, WAIT_S, Feed, children, descriptors, rig, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="process tools need Linux")
 
@@ -255,6 +255,7 @@ async def test_too_few_descriptors_in_the_daemon_fail_that_one_handle(monkeypatc
 async def test_too_few_descriptors_in_the_keeper_fail_that_one_handle() -> None:
     async with rig() as pool:
         limits = resource.prlimit(pool.keeper, resource.RLIMIT_NOFILE)
+        await until(lambda: not children(pool.keeper))  # it has closed what it was sent, and waits for more
         used = descriptors(pool.keeper)
         came_to = set()
         for spare in range(16):
@@ -266,6 +267,7 @@ async def test_too_few_descriptors_in_the_keeper_fail_that_one_handle() -> None:
             "done",
         }
         assert len(came_to) == 3
+        await until(lambda: not children(pool.keeper))
         assert descriptors(pool.keeper) == used
 
 

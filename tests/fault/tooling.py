@@ -168,6 +168,14 @@ def children(parent: int, among: set[int] | None = None) -> list[int]:
     return found
 
 
+def lives(pid: int) -> bool:
+    """Whether there is such a process, and not only what is left of one that nobody has waited for yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] not in {b"Z", b"X"}
+    except OSError:
+        return False
+
+
 def marked(mark: str) -> list[int]:
     """Every process with this mark in its environment."""
     found = []
