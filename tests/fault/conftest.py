@@ -1,10 +1,20 @@
 """Fixtures of the fault tests."""
 
+import random
 from pathlib import Path
 
 import pytest
 
 from tests.fault.preload import CannotPreload, Faults, compiled
+
+
+@pytest.fixture
+def chance(request: pytest.FixtureRequest) -> random.Random:
+    """A test's own, and the same each time: a change is not blamed for what another one would have met.
+
+    The commands, `scripts/…_rounds`, search on.
+    """
+    return random.Random(request.node.name)
 
 
 @pytest.fixture(scope="session")

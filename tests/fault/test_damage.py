@@ -34,13 +34,6 @@ PAGE = 4096
 PROCESSES = 5
 
 
-@pytest.fixture
-def chance() -> random.Random:
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    return random.Random(seed)
-
-
 async def database(folder: Path, chance: random.Random) -> tuple[Path, Truth]:
     """A closed one, and what is in it."""
     folder.mkdir()  # noqa: ASYNC240 - nothing else is to be done meanwhile

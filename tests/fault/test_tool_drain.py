@@ -19,12 +19,11 @@ SLACK_S = 15.0  # two cores that run other tests too: the bound of the command h
 
 @pytest.mark.parametrize("number", range(ROUNDS))
 async def test_under_load_the_daemon_ends_in_time_with_its_tools_and_nothing_acknowledged_is_lost(
-    start: StartDaemon, tmp_path: Path, number: int
+    start: StartDaemon, tmp_path: Path, number: int, chance: random.Random
 ) -> None:
-    seed = random.randrange(2**32)
-    drains, chance = Drains(), random.Random(seed)
+    drains = Drains()
     daemon = start("--tools", write_zoo(tmp_path / "zoo.toml"), drain_s=DRAIN_S, kill_after_s=0.5, write_s=60)
     await drain_round(daemon, DRAIN_S, chance, drains, SLACK_S)
-    print(f"{drains} (seed {seed})")
-    assert drains.wrong == [], seed
+    print(drains)
+    assert drains.wrong == []
     assert drains.tools > 0

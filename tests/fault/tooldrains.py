@@ -5,6 +5,7 @@ import contextlib
 import random
 import signal
 import time
+import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +43,7 @@ async def drain_round(
     daemon: Daemon, drain_s: float, chance: random.Random, drains: Drains, slack_s: float = SLACK_S
 ) -> None:
     """Loads the daemon, which runs, with the tools of `zoo.write_zoo`; ends it, compares, and starts it again."""
-    flock = f"{chance.getrandbits(64):x}"
+    flock = uuid.uuid4().hex  # no other round on this machine has it
     acknowledgements = asyncio.Semaphore(0)
     async with contextlib.AsyncExitStack() as stack:
         peers = [await stack.enter_async_context(peer(daemon)) for _ in range(PRODUCERS + VIEWERS + CALLERS)]

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import json
 import random
+import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -225,7 +226,7 @@ async def zoo_round(daemon: Daemon, chance: random.Random, figures: Figures) -> 
     """
     keeper = await keeper_of(daemon)
     before = descriptors(daemon.pid)
-    flock = f"{chance.getrandbits(64):x}"
+    flock = uuid.uuid4().hex  # no other round on this machine has it
     visits: list[Visit] = []
     async with contextlib.AsyncExitStack() as stack:
         follower, *callers = [await stack.enter_async_context(peer(daemon)) for _ in range(1 + CONNECTIONS)]
