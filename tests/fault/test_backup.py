@@ -15,7 +15,7 @@ from carserver.stores import schema
 from carserver.stores.inspection import inspect
 from carserver.stores.rows import checksum, place
 from tests.conftest import StartDaemon
-from tests.daemon import Daemon, running
+from tests.daemon import EXIT_S, Daemon, running
 from tests.fault.audit import Producer, audit_runs, read_log
 from tests.fault.processes import carserver, command, environment
 from tests.fault.test_drain import exit_code
@@ -164,7 +164,7 @@ async def test_a_backup_is_given_up_when_its_caller_leaves_or_the_daemon_drains_
         with pytest.raises(Refused, match="given up: the daemon drains") as refused:
             await backup
         assert (refused.value.type, refused.value.data["outcome"]) == ("unavailable", "not_done")
-    assert await asyncio.to_thread(exit_code, large, 10.0) == 0
+    assert await asyncio.to_thread(exit_code, large, EXIT_S) == 0
     assert list(folder.iterdir()) == []
 
 

@@ -14,7 +14,7 @@ from tests.daemon import Daemon
 from tests.fault.processes import carserver, serve
 from tests.peer import peer
 
-RACERS, ROUNDS = 8, 3
+RACERS, ROUNDS = 8, 2
 
 
 @contextmanager

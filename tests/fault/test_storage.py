@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import StartDaemon
-from tests.daemon import Daemon
+from tests.daemon import EXIT_S, Daemon
 from tests.fault.processes import carserver
 from tests.fault.test_drain import exit_code
 from tests.peer import Refused, peer, records
@@ -88,7 +88,7 @@ async def test_after_a_failed_fsync_the_daemon_says_so_acknowledges_nothing_and_
         assert isinstance(results[0], Refused)
         assert results[0].data["outcome"] == "unknown"
         assert (await owner.closed())[0] == 1012
-    assert await asyncio.to_thread(exit_code, daemon, 10.0) == 1
+    assert await asyncio.to_thread(exit_code, daemon, EXIT_S) == 1
     assert "fsync failed" in daemon.log
     assert not (daemon.state / "endpoint.json").exists()
     daemon.args = ()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import StartDaemon
-from tests.daemon import Daemon, running
+from tests.daemon import EXIT_S, Daemon, running
 from tests.fault.test_drain import DRAINING, exit_code
 from tests.lines import is_there, unix_peer, unix_streams
 from tests.peer import Refused, peer
@@ -389,7 +389,7 @@ async def test_the_drain_tells_a_peer_refuses_new_work_and_closes_with_one_last_
             assert answers[1]["result"]["ok"]
         created, closing = await everything(reader)
         assert (created["id"], created["result"]["prompt"]) == (1, "waits")
-    assert await asyncio.to_thread(exit_code, daemon, 10) == 0
+    assert await asyncio.to_thread(exit_code, daemon, EXIT_S) == 0
     assert closing["params"] == {"code": 1012, "reason": "the daemon stops: reconnect"}
 
 
