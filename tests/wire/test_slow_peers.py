@@ -145,11 +145,12 @@ async def test_a_peer_that_stops_below_the_mark_is_aborted_too(windows: float, s
     daemon = congesting(start, wrong_token_s=TICK_S)
     async with raw_peer(daemon, receive_buffer=SMALL) as client, peer(daemon) as metronome:
         await congest(daemon, client)
+        await client.reader.readexactly(SIZE - HIGH_WATER)  # at once: there is little time for that
         while daemon.metrics()["outbox_bytes"] > 0.75 * HIGH_WATER:
-            await client.reader.readexactly(16 * KIB)
+            await client.reader.readexactly(4 * KIB)
         for _ in range(round(windows * WRITE_S / TICK_S)):
             await tick(metronome)
-            await client.reader.readexactly(640)
+            await client.reader.readexactly(480)
         figures = daemon.metrics()
         assert figures["outbox_bytes"] > 0
         assert figures["write_timeouts"] == 0
