@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.daemon import Daemon, running
 
-ASYNC_TEST_S = 50.0  # below pytest's own timeout for a test, so that this one names what waited
+ASYNC_TEST_S = 110.0  # below pytest's own timeout for a test, so that this one names what waited
 
 StartDaemon = Callable[..., Daemon]
 
