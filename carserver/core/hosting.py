@@ -47,7 +47,7 @@ class Hosting:
 
     @property
     def asked(self) -> int:
-        """Requests that wait for an answer."""
+        """Requests that wait for room, or for an answer."""
         return len(self._open)
 
     # core.execution.ToolHost.
@@ -106,9 +106,9 @@ class Hosting:
 
     def chunk(self, request_id: str, raw: bytes) -> bool:
         """A piece of a request's stream, known to be JSON; False: of none that waits for an answer."""
-        asked = self._open.get(request_id)
-        if asked is None:
+        if not self.expects(request_id):
             return False
+        asked = self._open[request_id]
         try:
             chunk = read_chunk(raw, self._settings)
         except RpcError as error:
@@ -122,8 +122,9 @@ class Hosting:
         return True
 
     def expects(self, request_id: str) -> bool:
-        """Whether this request waits for an answer."""
-        return request_id in self._open
+        """Whether this request was sent, and waits for an answer."""
+        asked = self._open.get(request_id)
+        return asked is not None and not asked.frame
 
     def answered(self, request_id: str, result: bytes | None, error: str | None, *, terminal: bool = False) -> None:
         """The answer to a request that waits for it: a result, JSON, or the words of an error, perhaps a terminal one.
@@ -174,7 +175,6 @@ class Hosting:
 
     def _call_off(self, asked: "_Request") -> None:
         """The host was never asked."""
-        asked.frame = b""
         self._forget(asked)
         asked.feed.gone()
 
@@ -220,13 +220,14 @@ class Hosting:
         asked.feed.survives()
 
     def _forget(self, asked: "_Request") -> None:
+        asked.frame = b""
         self._open.pop(asked.request_id, None)
         if asked.timer is not None:
             asked.timer.cancel()
 
 
 class _Request:
-    """A request that was sent; implements `core.execution.Execution`."""
+    """A request that was sent, or is to be; implements `core.execution.Execution`."""
 
     __slots__ = ("_hosting", "action_id", "answered", "feed", "frame", "reason", "request_id", "timer")
 

@@ -34,19 +34,29 @@ class Hosts(RuleBasedStateMachine):
         self.feeds: dict[str, Feed] = {}
         self.executed: list[str] = []
         self.cancelled: list[str] = []
+        self.never: set[str] = set()  # that ended before there was room for them
         self.closed = False
 
     def id_of(self, place: int) -> str:
         return f"r{len(self.feeds) - 1 - place}"
 
-    @rule(parameters=st.sampled_from([b"{}", b'{"x":"%b"}' % (b"x" * 400)]), fragile=st.booleans())
-    def start(self, parameters: bytes, fragile: bool) -> None:
+    @rule(
+        parameters=st.sampled_from([b"{}", b'{"x":"%b"}' % (b"x" * 400)]), fragile=st.booleans(), admitted=st.booleans()
+    )
+    def start(self, parameters: bytes, fragile: bool, admitted: bool) -> None:
+        """One that was admitted waits where there is no room by now; any other is not started then."""
         id_ = f"r{len(self.feeds)}"
+        asked = call(id_, parameters)
+        refused = self.hosting.refuses(asked, admitted=True) is not None
+        has_room = self.hosting.refuses(asked) is None
+        assert not (refused and has_room)
+        if not (refused or has_room or admitted):
+            return
         feed = self.feeds[id_] = Feed()
         feed.stops_at = DataChunk if fragile else None
-        refused = self.hosting.refuses(call(id_, parameters)) is not None
-        feed.execution = self.hosting.start(call(id_, parameters), feed)
-        assert refused == bool(feed.ends) == (not self.hosting.expects(id_))
+        feed.execution = self.hosting.start(asked, feed)
+        assert refused == bool(feed.ends)
+        assert self.hosting.expects(id_) >= has_room
 
     @rule(place=places, chunk=st.sampled_from(CHUNKS))
     def chunk(self, place: int, chunk: bytes) -> None:
@@ -62,9 +72,14 @@ class Hosts(RuleBasedStateMachine):
 
     @rule(place=places)
     def stop(self, place: int) -> None:
-        feed = self.feeds.get(self.id_of(place))
+        id_ = self.id_of(place)
+        feed = self.feeds.get(id_)
         if feed is not None and not feed.over:
+            was_sent = self.hosting.expects(id_)
             feed.stop(REASON)
+            if not was_sent:
+                assert feed.ends == ["gone"]
+                self.never.add(id_)
 
     @rule(seconds=st.sampled_from([0.5, 4.0, 8.0]))
     def wait(self, seconds: float) -> None:
@@ -91,11 +106,16 @@ class Hosts(RuleBasedStateMachine):
         assert len(self.clock.timers) <= self.hosting.asked
         assert self.outbox.size <= LIMIT
         for id_, feed in self.feeds.items():
-            waits = self.hosting.expects(id_)
-            assert len(feed.ends) == (not waits)
-            assert waits or feed.over
+            assert len(feed.ends) <= (not self.hosting.expects(id_))
+            assert len(feed.ends) <= feed.over
+            if not feed.ends and not self.hosting.expects(id_):
+                assert not feed.over, "it waits for room"
+                assert id_ not in self.executed
+        assert self.hosting.asked == sum(not feed.ends for feed in self.feeds.values())
         assert len(set(self.cancelled)) == len(self.cancelled), "told twice"
         assert set(self.cancelled) <= set(self.executed), "told of what it was never asked"
+        assert self.never.isdisjoint(self.executed)
+        assert self.executed == sorted(set(self.executed), key=list(self.feeds).index), "once, in their order"
 
     def teardown(self) -> None:
         self.read()
@@ -104,6 +124,7 @@ class Hosts(RuleBasedStateMachine):
         for id_, feed in self.feeds.items():
             if not feed.over:
                 assert self.hosting.expects(id_)
+                assert id_ in self.executed
                 self.hosting.answered(id_, None, None)
         assert self.hosting.asked == 0
         assert all(len(feed.ends) == 1 for feed in self.feeds.values())
