@@ -175,7 +175,7 @@ def _piece(type_: str, event: dict[str, Any]) -> str | None:
 def _told(type_: str, event: dict[str, Any]) -> str:
     """An event's content on one line; what is cut ends with an ellipsis."""
     if type_ in _TELLING:
-        values = [event[name] for name in _TELLING[type_] if event.get(name) is not None]
+        values = [event[name] for name in _TELLING[type_] if event.get(name) not in (None, "")]
         text = "  ".join(reference(value) or str(value) for value in values)
     else:
         rest = {name: value for name, value in event.items() if name != "type"}

@@ -297,8 +297,7 @@ class RunModel:
             shown.detail = shown.detail or given(record.get("parameters"))
             if record.get("status") == "failed" and shown.state is not State.FAILED:
                 self.tree.counts["failed"] += 1
-                shown.end(State.FAILED, self.newest_ms)
-                shown.state = State.FAILED  # its tool may have answered before, in the words of an error
+                shown.state = State.FAILED  # when it ended its `tool_end` says, or has said in the words of an error
             return
         index, tool = count(record.get("index")), told(record.get("tool"))
         node = self._add(self._place, Node(Kind.TURN, "turn" if index is None else f"turn {index}"))
@@ -370,6 +369,8 @@ class RunModel:
             node.end(State.FAILED, self.newest_ms)
         else:
             node.end(State.DONE, self.newest_ms)
+        if node.ended_ms is None:  # its turn said before that it failed, but not when
+            node.ended_ms = self.newest_ms
 
     @staticmethod
     def _progress(node: Node, event: dict[str, Any]) -> None:

@@ -170,7 +170,7 @@ def test_trace_tells_what_the_daemon_records_of_its_tools(capsys: Captured) -> N
     assert capsys.readouterr().out.splitlines()[:3] == [
         "      0     +0.000  tool_output_delta    line",
         "                                         … (more was not recorded)",
-        "      1     +0.001  tool_end             tail    the result is output out-0123456789, 213 KiB",
+        "      1     +0.001  tool_end             tail  the result is output out-0123456789, 213 KiB",
     ]
 
 
@@ -205,6 +205,12 @@ def test_colour_follows_meaning_and_only_where_it_is_wanted() -> None:
 
     assert "\x1b[31mboom" in shown(True)
     assert "\x1b" not in shown(False)
+
+
+def test_what_an_event_has_empty_leaves_no_room_in_its_line() -> None:
+    event = {"type": "tool_end", "name": "look", "error": "no", "output": ""}
+    record = msgspec.convert(trace_event(0, event), Traced)
+    assert TraceView(coloured=False).show(record).endswith(" look  no\n")
 
 
 def test_a_long_value_is_cut_with_a_mark() -> None:

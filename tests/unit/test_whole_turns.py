@@ -208,6 +208,25 @@ def test_the_turn_of_an_action_is_the_tool_that_is_shown_already() -> None:
     assert plain(screen(model, 80, 24, NOW_MS))[3].startswith("✓ grep  TODO  → 3 ")
 
 
+def test_an_action_that_failed_took_as_long_as_its_tool() -> None:
+    def shown() -> list[str]:
+        (line,) = [line for line in plain(screen(model, 80, 24, NOW_MS)) if line.startswith("✗ look")]
+        return line.split()
+
+    turn: dict[str, Any] = {"tool": "look", "output": {"error": "no"}, "action_id": "a", "status": "failed"}
+    model = model_of_records(
+        trace_started(),
+        trace_event(0, {"type": "tool_start", "id": "h1", "name": "look"}),
+        trace_event(500, {"type": "note"}),
+        trace_turn(501, handle="h1", **turn),
+    )
+    assert shown() == ["✗", "look"], "when it ended nobody has said yet"
+    end = trace_event(3_000, {"type": "tool_end", "id": "h1", "name": "look", "error": "no"})
+    model.take(msgspec.convert(end, Traced))
+    assert shown() == ["✗", "look", "→", "no", "3.0", "s"]
+    assert model.tree.counts["failed"] == 1
+
+
 def test_the_record_of_a_view_has_the_outcome_and_a_reopened_run_has_none() -> None:
     model = model_of_records(*RECORDS)
     kept = plain(record(model, 40, NOW_MS))
