@@ -22,6 +22,7 @@ STATUS_COLOURS: dict[str, str] = {
 _LIVE_COLOUR = "cyan"
 _HEADINGS = ("RUN", "STATUS", "AGENT", "SESSION", "EVENTS", "CREATED", "PROMPT")
 _WHOLE = frozenset({"RUN", "STATUS", "EVENTS", "CREATED"})
+_SPARE = ("SESSION", "CREATED", "AGENT", "PROMPT", "EVENTS")  # at a narrow terminal, as in `runs watch`
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -39,7 +40,7 @@ def runs() -> None:
 def list_runs(*, limit: int, as_json: bool, state_dir: str | None, url: str | None, **filters: str | None) -> None:
     """List runs, newest first.
 
-    At a terminal it is a table, in a pipe tab-separated lines.
+    At a terminal it is a table of the columns that it has room for, in a pipe all of them in tab-separated lines.
     """
     from carserver.cli.talk import talk  # noqa: PLC0415 - brings websockets
     from carserver.cli.watch import newest  # noqa: PLC0415 - likewise
@@ -59,9 +60,8 @@ def list_runs(*, limit: int, as_json: bool, state_dir: str | None, url: str | No
     snapshots = [msgspec.json.decode(raw, type=Snapshot) for raw in found]
     if at_terminal():
         rows = [_cells(run, local_time(run.created_at_ms, "%m-%d %H:%M")) for run in snapshots]
-        print_table(
-            _HEADINGS, rows, whole=_WHOLE, styles={"STATUS": lambda cell: STATUS_COLOURS.get(cell, _LIVE_COLOUR)}
-        )
+        colours = {"STATUS": lambda cell: STATUS_COLOURS.get(cell, _LIVE_COLOUR)}
+        print_table(_HEADINGS, rows, whole=_WHOLE, spare=_SPARE, styles=colours)
     else:
         for run in snapshots:
             data("\t".join(visible(cell) for cell in _cells(run, utc_time(run.created_at_ms))))

@@ -1,7 +1,7 @@
 """`carserver runs trace`: a run's live log, a line for each event, for a person or a pipe."""
 
 import sys
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 import click
@@ -9,14 +9,17 @@ import msgspec
 
 from carserver.cli.output import in_colour, json_data, note
 from carserver.cli.plain import clipped, visible, visible_lines
+from carserver.cli.talk import ANSWER_S
 from carserver.cli.turns import asked, compact, figures, outcome, rejected, verdict
 from carserver.cli.view_words import count, first_text, milliseconds, reference, told
 from carserver.client import CallError, ClientError, Traced, TraceReset
 from carserver.client.trace import Opener, trace
 from carserver.protocol.errors import ErrorKind
+from carserver.protocol.runs import Snapshot, Status
 
 _TEXT_CHARACTERS = 400  # of an event that is not text itself; the whole is in --json
 _TYPE_WIDTH = 20
+_STOPPED = {Status.CANCELLED, Status.INTERRUPTED}  # for a reason that its records do not say
 # What of an event is worth a line; the first that it has. Other types show their members as JSON.
 _TELLING: dict[str, tuple[str, ...]] = {
     "agent_start": ("prompt",),
@@ -51,13 +54,24 @@ async def follow(open_connection: Opener, run_id: str, *, cursor: int, epoch: st
                 if as_json:
                     json_data(record.raw, indented=False)
                 else:
-                    sys.stdout.write(view.show(record))
+                    stopped = record.kind == "ended" and record.run_status in _STOPPED
+                    why = await _why(open_connection, run_id) if stopped else None
+                    sys.stdout.write(view.show(record, why))
                     sys.stdout.flush()
     except ClientError as error:
         note_position(last, error)
         raise
     finally:
         sys.stdout.write(view.close())
+
+
+async def _why(open_connection: Opener, run_id: str) -> str | None:
+    """Why a run was cancelled or interrupted, which its records do not say; None where it cannot be asked any more."""
+    with suppress(ClientError):
+        async with open_connection() as connection:
+            run = await connection.call("runs.get", {"run_id": run_id}, ANSWER_S, result_type=Snapshot)
+        return run.cancel_reason or run.interrupted_reason
+    return None
 
 
 def note_position(last: Traced | None, error: ClientError) -> None:
@@ -76,13 +90,13 @@ class TraceView:
         self._stream: tuple[str, str] | None = None  # type and id of the text that is being joined
         self._at_line_start = True
 
-    def show(self, record: Traced) -> str:
-        """What is to be written for one record."""
+    def show(self, record: Traced, why: str | None = None) -> str:
+        """What is to be written for one record; `why` is the reason of the end that it says."""
         match record.kind:
             case "started":
                 return self._started(record)
             case "ended":
-                return self.close() + self._ended(record)
+                return self.close() + self._ended(record, why)
             case "turn":
                 style = "error" if rejected(record.record) else "turn"
                 return self.close() + self._line(record, self._styled(style, _turn(record.record)))
@@ -143,8 +157,8 @@ class TraceView:
         when = visible(str(record.record.get("started_at", "")))
         return self._dim(f"{visible(record.run_id)}{agent}, {when}") + (f": {intent}\n" if intent else "\n")
 
-    def _ended(self, record: Traced) -> str:
-        text = str(record.record.get("error") or record.record.get("result_text") or "")
+    def _ended(self, record: Traced, why: str | None) -> str:
+        text = why or str(record.record.get("error") or record.record.get("result_text") or "")
         said = f": {visible(clipped(text, _TEXT_CHARACTERS))}" if text else ""
         colour = {"completed": "green", "failed": "red"}.get(record.run_status, "yellow")
         status = visible(record.run_status)

@@ -93,6 +93,31 @@ def test_ls_at_a_narrow_terminal_keeps_the_ids_whole(monkeypatch: pytest.MonkeyP
     assert all(len(line) <= 80 for line in lines)
 
 
+@pytest.mark.usefixtures("terminal")
+@pytest.mark.parametrize(
+    ("columns", "headings"),
+    [
+        (200, "RUN STATUS AGENT SESSION EVENTS CREATED PROMPT"),
+        (100, "RUN STATUS AGENT EVENTS CREATED PROMPT"),
+        (80, "RUN STATUS EVENTS PROMPT"),
+        (65, "RUN STATUS EVENTS"),
+        (55, "RUN STATUS"),
+    ],
+)
+def test_ls_has_the_columns_that_say_something_at_a_terminal_so_wide(
+    columns: int, headings: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    id_ = "run-22d4e49f-edbe-40d6-a954-fc3c9d450d0d"
+    found = [snapshot(id=id_, status="completed", prompt="add up what there is", agent_id="analyst", session_id="s")]
+    with FakeDaemon({"runs.list": {"runs": found, "next_page": None}}) as daemon:
+        assert run(["runs", "ls", "--url", daemon.url]) == 0
+    heading, line = capsys.readouterr().out.splitlines()
+    assert heading.split() == headings.split()
+    assert ("PROMPT" in headings) == ("add up what" in line)
+    assert f"{id_}  completed" in line
+
+
 def test_get_shows_the_members_of_a_snapshot(capsys: Captured) -> None:
     with FakeDaemon({"runs.get": snapshot(status="failed", error=HOSTILE, metadata={"k": [1]})}) as daemon:
         assert run(["runs", "get", "run-1", "--url", daemon.url]) == 0
@@ -156,6 +181,16 @@ def test_trace_prints_events_as_lines_and_joins_text(capsys: Captured) -> None:
         "failed: boom",
     ]
     assert captured.err == ""
+
+
+def test_the_trace_of_a_run_that_was_stopped_ends_with_the_reason_if_that_can_be_had(capsys: Captured) -> None:
+    for status, why in (("cancelled", "cancel_reason"), ("interrupted", "interrupted_reason")):
+        methods = {"runs.trace.subscribe": stream(trace_ended(0, status))}
+        with FakeDaemon({**methods, "runs.get": snapshot(status=status, **{why: "enough\x1b"})}) as daemon:
+            assert run(["runs", "trace", "run-1", "--url", daemon.url]) == 0
+        with FakeDaemon(methods) as daemon:
+            assert run(["runs", "trace", "run-1", "--url", daemon.url]) == 0
+        assert capsys.readouterr().out == f"{status}: enough\\x1b\n{status}\n"
 
 
 def test_trace_tells_what_the_daemon_records_of_its_tools(capsys: Captured) -> None:
