@@ -91,10 +91,12 @@ def test_the_search_finds_what_is_marked_until_it_is_gone(it: str) -> None:
     with subprocess.Popen(command, env=os.environ | {MARK: f"{it}.1"}, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        found = marked(it)
-        assert len(found) == 2
-        assert set(found) == set(marked(f"{it}.1")) == {process.pid, *descendants(process.pid)}
-        assert marked(it[:-1]) == marked(f"{it}.") == []
-        for pid in found:
-            os.kill(pid, signal.SIGKILL)
+        both = {process.pid, *descendants(process.pid)}
+        try:
+            assert len(both) == 2
+            assert set(marked(it)) == set(marked(f"{it}.1")) == both
+            assert marked(it[:-1]) == marked(f"{it}.") == []
+        finally:
+            for pid in both:
+                os.kill(pid, signal.SIGKILL)
     assert asyncio.run(until_none(lambda: marked(it))) == ""

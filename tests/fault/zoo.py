@@ -21,6 +21,7 @@ MARK = "ZOO"
 MIB = 1 << 20
 FLOOD_BYTES = 1024 * MIB
 LEFT_S = 30.0  # within which nothing is left, on the slowest machine
+BECOMING_S = 10.0  # that execve(2) takes, at most, there
 FEW = f"max_output = {MIB}"
 LINES = 'output = "jsonl"'
 FATAL = "the process that looks after the command was killed"
@@ -145,13 +146,31 @@ def marked(mark: str) -> list[int]:
     """Every process that has come of the tools with this mark, or with one that begins with it and a point."""
     found = []
     for pid in pids():
-        try:
-            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
+        variables = _environment(pid).split(b"\0")
         if any(one == f"{MARK}={mark}".encode() or one.startswith(f"{MARK}={mark}.".encode()) for one in variables):
             found.append(pid)
     return found
+
+
+def _environment(pid: int) -> bytes:
+    """What a process was started with; one that is just becoming another program shows it a moment later."""
+    late = time.monotonic() + BECOMING_S
+    try:
+        while not (content := Path(f"/proc/{pid}/environ").read_bytes()):
+            if not _is_becoming(pid):
+                return Path(f"/proc/{pid}/environ").read_bytes()
+            assert time.monotonic() < late, f"process {pid} does not become what it is to be"
+            os.sched_yield()
+    except OSError:  # it is gone
+        return b""
+    return content
+
+
+def _is_becoming(pid: int) -> bool:
+    """Whether a process is within execve(2): it has no end of an environment yet (proc_pid_stat(5))."""
+    fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    ended, of_the_kernel = fields[0] in {b"Z", b"X"}, int(fields[6]) & 0x0020_0000
+    return not ended and not of_the_kernel and fields[48] == b"0"
 
 
 def descendants(pid: int) -> list[int]:
