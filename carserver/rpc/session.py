@@ -30,7 +30,7 @@ from carserver.protocol.runs import WatchReset
 from carserver.protocol.server import BackedUp, ServerStatus
 from carserver.rpc.method import Table
 
-_OUTER_RUNS = 64  # of one connection, within which others were started
+_OUTER_RUNS = 64  # of one connection, within which others were started; of more the outermost is its run no more
 
 Callback = Callable[[bool], None]
 """What is to happen once a reply is queued; it is told whether that says what the method answered."""
